@@ -1,0 +1,238 @@
+/* The contract between Python and the native core.
+ *
+ * cffi reads this file as it is, and every C source includes it, so it holds
+ * plain types, constants and functions only: no preprocessor conditionals, no
+ * callbacks.  Python calls in; the core answers through return values and
+ * through one ring of event records behind one eventfd.
+ *
+ * Every function returns 0 (or a count) on success and -errno on failure
+ * unless its comment says otherwise.  "Blocking" marks the functions that may
+ * wait for I/O: call them from a worker thread, never from the trio thread.
+ */
+
+#define LHB_BLOCK_BYTES 4096        /* unit of data, holes and ordering */
+#define LHB_LAYERS_MAX 250          /* files of one live chain, head included */
+#define LHB_STORES_MAX 8            /* replicas of one volume */
+#define LHB_NAME_BYTES_MAX 256      /* file name inside a replica directory */
+
+#define LHB_DRIVER_AUTO 0           /* io_uring where the probe works, else pool */
+#define LHB_DRIVER_URING 1
+#define LHB_DRIVER_POOL 2
+
+#define LHB_STORE_DIRECT 1          /* cache=none: O_DIRECT files */
+#define LHB_STORE_READ_ONLY 2       /* nothing is opened for writing */
+
+#define LHB_VOLUME_READ_ONLY 1
+
+#define LHB_OP_READ 0
+#define LHB_OP_WRITE 1
+#define LHB_OP_FLUSH 2
+#define LHB_OP_TRIM 3
+#define LHB_OP_ZERO 4
+
+#define LHB_IO_FUA 1
+#define LHB_IO_NO_HOLE 2            /* LHB_OP_ZERO must leave allocated space */
+
+#define LHB_NBD_STRUCTURED 1        /* structured replies were negotiated */
+#define LHB_NBD_BASE_ALLOCATION 2   /* base:allocation is selected, id below */
+#define LHB_NBD_READ_ONLY 4
+
+#define LHB_EVENT_STORE_FAILED 1    /* fence it, then lhb_volume_fenced() */
+#define LHB_EVENT_CONNECTION_CLOSED 2
+#define LHB_EVENT_OUT_OF_SPACE 3    /* a write found no space on any replica */
+
+#define LHB_CLOSE_CLIENT 0          /* NBD_CMD_DISC */
+#define LHB_CLOSE_EOF 1             /* peer vanished between requests */
+#define LHB_CLOSE_MID_REQUEST 2     /* peer vanished inside a request */
+#define LHB_CLOSE_BAD_MAGIC 3
+#define LHB_CLOSE_TOO_LARGE 4       /* payload too large to skip over */
+#define LHB_CLOSE_SOCKET_ERROR 5
+#define LHB_CLOSE_READ_FAILED 6     /* error after a simple reply had begun */
+#define LHB_CLOSE_ASKED 7           /* lhb_connection_close() or volume close */
+
+typedef struct lhb_engine lhb_engine;
+typedef struct lhb_volume lhb_volume;
+typedef struct lhb_store lhb_store;
+
+struct lhb_engine_options {
+  uint32_t queues;                  /* queue threads, 1..64 */
+  uint32_t workers_max;             /* worker pool threads, 1..64 */
+  uint32_t driver;                  /* LHB_DRIVER_* */
+  uint32_t reserved;
+};
+
+struct lhb_event {
+  uint32_t type;                    /* LHB_EVENT_* */
+  int32_t error;                    /* errno, or LHB_CLOSE_* of a connection */
+  uint64_t volume_id;
+  uint64_t subject_id;              /* store id or connection id */
+  uint64_t offset_bytes;
+  uint64_t length_bytes;
+};
+
+struct lhb_extent {
+  uint64_t offset_bytes;
+  uint64_t length_bytes;
+};
+
+struct lhb_statistics {
+  uint64_t reads, writes, flushes, trims, zeroes;       /* completed requests */
+  uint64_t read_bytes, write_bytes, trim_bytes, zero_bytes;
+  uint64_t read_ns, write_ns, flush_ns;                 /* summed latency */
+  uint64_t errors;                  /* requests answered with an error */
+  uint64_t waits;                   /* requests that waited for an overlap */
+  uint64_t inline_reads, driver_reads;    /* page-cache hits, and the others */
+  uint64_t inline_writes, driver_writes;
+  uint64_t in_flight;
+  uint64_t connections;
+  uint64_t map_bytes;               /* memory of the block maps */
+  uint64_t freeze_ns_max;           /* longest pause of I/O so far */
+};
+
+/* ---- Engine: the queue threads, the worker pool, the event ring. */
+
+int lhb_engine_open (const struct lhb_engine_options *options,
+                     lhb_engine **engine_out);
+/* Blocking.  Every volume must be closed before. */
+void lhb_engine_close (lhb_engine *engine);
+/* LHB_DRIVER_URING or LHB_DRIVER_POOL: what lhb_engine_open chose. */
+int lhb_engine_driver (const lhb_engine *engine);
+int lhb_engine_event_fd (const lhb_engine *engine);
+/* 1 and an event, or 0 when the ring is empty.  Clear the eventfd before. */
+int lhb_engine_next_event (lhb_engine *engine, struct lhb_event *event_out);
+
+/* ---- Probes, harmless. */
+
+int lhb_probe_uring (void);         /* 0, or the reason as -errno */
+int lhb_probe_fiemap (int fd);
+int lhb_built_with_uring (void);    /* 1 or 0 */
+
+/* ---- Files: extents, checksums and merges of frozen layers. */
+
+/* Data extents (unwritten and delayed ones count as data) of an open file at
+ * and after offset_bytes, block-rounded, adjacent ones joined, at most 'max'.
+ * Returns the count; fewer than 'max' means the end was reached.  Blocking. */
+int lhb_file_extents (int fd, uint64_t offset_bytes,
+                      struct lhb_extent *extents_out, uint32_t max);
+/* CRC-64/ISO over [offset, offset+length) with holes as zeros; '*crc_io' is
+ * the running value, 0 to begin with.  Blocking. */
+int lhb_file_crc64 (int fd, uint64_t offset_bytes, uint64_t length_bytes,
+                    uint64_t *crc_io);
+uint64_t lhb_crc64 (uint64_t crc, const void *data, size_t length_bytes);
+
+/* ---- Store: one replica directory opened for sector I/O.
+ *
+ * Python owns all metadata of the directory and tells the store which image
+ * files make the chain.  Layers have ids 1..254, given by lhb_store_add_layer
+ * and stable for the life of the store.
+ */
+
+/* 'dir_fd' is duplicated. */
+int lhb_store_open (lhb_engine *engine, int dir_fd, uint64_t size_bytes,
+                    uint32_t flags, lhb_store **store_out);
+void lhb_store_close (lhb_store *store);
+uint64_t lhb_store_id (const lhb_store *store);
+/* Add the next newer layer (call oldest first; the last one added is the head
+ * once lhb_store_start is called).  'discard' is the name of the layer's
+ * discard file, which need not exist.  Blocking: reads the extent map.
+ * Returns the layer id. */
+int lhb_store_add_layer (lhb_store *store, const char *image,
+                         const char *discard);
+/* The chain is complete. Read-only stores have no head: every layer is read
+ * through the map. */
+int lhb_store_start (lhb_store *store);
+/* Make the next head ready (file exists, empty, right size); I/O goes on. */
+int lhb_store_prepare_head (lhb_store *store, const char *image,
+                            const char *discard);
+void lhb_store_abandon_head (lhb_store *store);
+/* Volume frozen.  The prepared file becomes the head, the old head a layer.
+ * 'size_bytes' is the new volume size.  Returns the new head's layer id. */
+int lhb_store_commit_head (lhb_store *store, uint64_t size_bytes);
+/* fdatasync of every layer and discard file with unsynced data.  Blocking. */
+int lhb_store_sync (lhb_store *store);
+uint64_t lhb_store_map_bytes (const lhb_store *store);
+
+/* ---- Merging a removed layer away (docs/internals/snapshots.md).
+ *
+ * 'volume' may be NULL when nothing serves the store.  All are blocking and
+ * handle one range of at most LHB_MERGE_STEP_BYTES per call.
+ * lower is the removed layer, upper its only child; both are layer ids. */
+#define LHB_MERGE_STEP_BYTES 67108864
+
+/* Copy what 'upper' lacks from 'lower' into 'upper', sync it, free it in
+ * 'lower'.  'upper' may be the head.  Returns bytes copied. */
+int64_t lhb_merge_up (lhb_volume *volume, lhb_store *store, int lower,
+                      int upper, uint64_t offset_bytes, uint64_t length_bytes);
+/* Copy what 'upper' has into 'lower' (nobody can see 'lower' there).  Returns
+ * bytes copied.  Sync with lhb_merge_down_finish before any rename. */
+int64_t lhb_merge_down (lhb_store *store, int lower, int upper,
+                        uint64_t offset_bytes, uint64_t length_bytes);
+int lhb_merge_down_finish (lhb_store *store, int lower, int upper);
+/* Free in 'lower' what 'upper' hides.  Returns bytes freed. */
+int64_t lhb_merge_prune (lhb_store *store, int lower, int upper,
+                         uint64_t offset_bytes, uint64_t length_bytes);
+/* After merge_down and the renames: reads of both layers now go to lower's
+ * file, under upper's id; then 'lower' is forgotten.  */
+int lhb_store_replace_layer (lhb_volume *volume, lhb_store *store, int lower,
+                             int upper);
+/* After merge_up: no block is read from 'lower' any more; forget it. */
+int lhb_store_drop_layer (lhb_volume *volume, lhb_store *store, int lower);
+/* Add a layer that is not in the live chain (a side branch), to merge there;
+ * it never appears in the map.  Remove it with lhb_store_drop_layer. */
+int lhb_store_add_side_layer (lhb_store *store, const char *image,
+                              const char *discard);
+
+/* Make the head of 'target' equal to the head of 'source', block by block.
+ * Neither serves.  Returns bytes copied.  Blocking. */
+int64_t lhb_store_reconcile (lhb_store *source, lhb_store *target);
+
+/* ---- Volume: a replica set behind one range table. */
+
+int lhb_volume_open (lhb_engine *engine, uint64_t size_bytes, uint32_t flags,
+                     lhb_volume **volume_out);
+/* Blocking: closes its connections and waits for what is in flight.  Stores
+ * are not closed. */
+void lhb_volume_close (lhb_volume *volume);
+uint64_t lhb_volume_id (const lhb_volume *volume);
+/* Publish the replica set, all readable and writable.  Before the first
+ * request or with the volume frozen. */
+int lhb_volume_publish (lhb_volume *volume, lhb_store **stores, uint32_t count);
+/* Blocking: waits for all I/O in flight and keeps new I/O waiting. */
+int lhb_volume_freeze (lhb_volume *volume);
+void lhb_volume_thaw (lhb_volume *volume);
+/* Volume frozen. */
+int lhb_volume_resize (lhb_volume *volume, uint64_t size_bytes);
+uint64_t lhb_volume_size_bytes (const lhb_volume *volume);
+/* While the gate is shut, FLUSH and FUA wait: metadata they depend on is not
+ * durable yet. */
+void lhb_volume_gate_flushes (lhb_volume *volume, int shut);
+/* The failed store has been named stale on stable storage by the others:
+ * release the acknowledgements held for it. */
+int lhb_volume_fenced (lhb_volume *volume, uint64_t store_id);
+/* One request from the calling thread, through the same path as NBD.
+ * Blocking.  Any alignment. */
+int lhb_volume_io (lhb_volume *volume, uint32_t op, uint32_t flags,
+                   uint64_t offset_bytes, uint64_t length_bytes, void *data);
+/* Allocation status of [offset, offset+length): 'count' pairs of (length,
+ * NBD state flags), at most 'max'.  Returns the count. */
+int lhb_volume_block_status (lhb_volume *volume, uint64_t offset_bytes,
+                             uint64_t length_bytes, uint32_t *pairs_out,
+                             uint32_t max);
+void lhb_volume_statistics (const lhb_volume *volume,
+                            struct lhb_statistics *statistics_out);
+
+/* ---- NBD transmission phase.
+ *
+ * The socket is past its handshake.  On success it belongs to the core, which
+ * closes it and posts LHB_EVENT_CONNECTION_CLOSED. */
+int lhb_nbd_attach (lhb_volume *volume, int socket_fd, uint32_t flags,
+                    uint32_t base_allocation_id, uint64_t *connection_id_out);
+int lhb_connection_close (lhb_engine *engine, uint64_t connection_id);
+
+/* ---- Fault points (tests): off unless armed. */
+
+/* The next 'times' passes of 'point' after 'skip' ones fail with 'error'
+ * (errno).  'store_id' 0 means any store.  -ENOENT: no such point. */
+int lhb_fault_arm (const char *point, int error, uint64_t store_id,
+                   uint64_t skip, uint64_t times);
+void lhb_fault_clear (void);

@@ -1,0 +1,34 @@
+/* The engine: what all volumes of a process share. */
+#ifndef LHB_ENGINE_H
+#define LHB_ENGINE_H
+
+#include <pthread.h>
+#include <stdint.h>
+
+#include "lhb_io.h"
+#include "lhb_limits.h"
+#include "../cdef.h"
+
+struct lhb_engine {
+  struct lhb_queue *queues[LHB_QUEUES_MAX];
+  uint32_t queue_count;
+  uint32_t driver;
+  struct lhb_pool *pool;
+  _Atomic uint64_t next_id;             /* volumes, stores, connections */
+  _Atomic uint32_t next_queue;          /* round robin of connections */
+
+  /* Event ring.  Space is never missing for what must not be lost: a store
+   * fails once, a connection closes once, and both are bounded.  When the
+   * ring is full the producer waits for Python to drain it. */
+  pthread_mutex_t event_lock;
+  pthread_cond_t event_room;
+  struct lhb_event events[LHB_EVENTS_MAX];
+  uint32_t event_first, event_count;
+  int event_fd;
+};
+
+uint64_t lhb_engine_new_id (struct lhb_engine *engine);
+void lhb_engine_post_event (struct lhb_engine *engine,
+                            const struct lhb_event *event);
+
+#endif
