@@ -1,0 +1,135 @@
+# make serve and make test are all a newcomer needs: on Debian 12 they install what is missing,
+# make the virtual environment, build the native core in place, and go on.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The one list of Debian packages. Users of `serve` need the first three lines only, but a machine
+# that has all of them can run everything, and one list cannot disagree with itself.
+PACKAGES := \
+	python3-venv python3-dev gcc libc6-dev make pkg-config \
+	liburing-dev \
+	nbd-client \
+	nbdkit libnbd-bin python3-libnbd qemu-utils fio e2fsprogs zstd \
+	qemu-system-x86 busybox-static cpio \
+	clang libclang-rt-14-dev
+
+# The kernel tests/kernel boots; downloaded and unpacked, never installed.
+KERNEL_PACKAGE := linux-image-amd64
+
+PYTHON ?= $(shell for p in /usr/bin/python3 python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && \
+	{ echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := build/stamps
+VOLUME ?= demo
+SIZE ?= 10G
+
+NATIVE := setup.py native/build.py native/cdef.h \
+	$(wildcard native/include/*.h native/src/*.h native/src/*.c)
+MODULES := $(shell find lhblock -name '*.py' -not -name '*_pb2*.py')
+
+.PHONY: help packages venv native native-asan native-tsan serve test check lint unit test-native \
+	test-native-asan test-native-tsan fuzz bench wheel proto kernel clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 18
+
+# ---- What everything stands on.
+
+packages:  ## install the Debian packages that are missing (root or password-less sudo)
+	@missing=; for p in $(PACKAGES); do \
+	  dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing+=" $$p"; \
+	done; \
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { echo "not Debian; needed here:$$missing" >&2; exit 0; }; \
+	sudo=; [ $$(id -u) -eq 0 ] || sudo='sudo -n'; \
+	$$sudo true 2>/dev/null || { echo "missing packages, run: apt-get install$$missing" >&2; exit 1; }; \
+	echo "installing$$missing"; \
+	log=$$(mktemp); export DEBIAN_FRONTEND=noninteractive; \
+	{ $$sudo apt-get update -q && \
+	  $$sudo apt-get install -q -y --no-install-recommends $$missing; } >$$log 2>&1 \
+	  || { cat $$log >&2; exit 1; }; rm -f $$log
+
+$(STAMPS)/venv: pyproject.toml constraints.txt setup.py | packages
+	@mkdir -p $(@D)
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer found" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "filling $(VENV)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  setuptools wheel cffi
+	@LHB_NATIVE=no $(BIN)/python -m pip install -q --disable-pip-version-check \
+	  -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+venv: $(STAMPS)/venv  ## the virtual environment, from constraints.txt
+
+$(STAMPS)/native: $(NATIVE) $(STAMPS)/venv
+	$(BIN)/python setup.py -q build_clib build_ext --inplace
+	@touch $@
+
+native: $(STAMPS)/native  ## the cffi module, in place
+
+# Sanitised copies of the package. To use one:
+#   PYTHONPATH=build/asan/lib LD_PRELOAD=$(gcc -print-file-name=libasan.so) .venv/bin/pytest ...
+$(STAMPS)/native-asan: export LHB_SANITIZE := address,undefined
+$(STAMPS)/native-tsan: export LHB_SANITIZE := thread
+$(STAMPS)/native-asan $(STAMPS)/native-tsan: $(STAMPS)/native-%: $(NATIVE) $(MODULES) $(STAMPS)/venv
+	$(BIN)/python setup.py -q build --build-base build/$* --build-lib build/$*/lib
+	@touch $@
+
+native-asan: $(STAMPS)/native-asan  ## build/asan/lib: the package with ASan and UBSan
+native-tsan: $(STAMPS)/native-tsan  ## build/tsan/lib: the package with TSan
+
+build/kernel/vmlinuz: | packages
+	@tests/kernel/fetch-kernel $(KERNEL_PACKAGE) build/kernel
+
+kernel: build/kernel/vmlinuz  ## the Debian kernel of the kernel tests, unpacked into build/
+
+# ---- Use.
+
+serve: native  ## serve a volume: VOLUME=demo SIZE=10G
+	@exec $(BIN)/lhblock serve $(VOLUME) --size $(SIZE)
+
+# ---- Tests.
+
+test: lint test-native test-native-asan test-native-tsan native kernel  ## everything
+	$(BIN)/pytest
+
+check: lint test-native unit  ## the fast part of it
+
+unit: native
+	$(BIN)/pytest -q tests/unit tests/model
+
+lint: venv  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test-native: venv  ## the C unit tests
+	$(MAKE) -C native test VARIANT=plain
+
+test-native-asan: venv  ## the C unit tests under ASan and UBSan
+	$(MAKE) -C native test VARIANT=asan
+
+test-native-tsan: venv  ## the C unit tests under TSan
+	$(MAKE) -C native test VARIANT=tsan
+
+fuzz: packages  ## fuzz the NBD parser: FUZZ_SECONDS=60
+	$(MAKE) -C native fuzz
+
+bench: native  ## us and the peers, interleaved: BENCH_ROUNDS=5 BENCH_SECONDS=3
+	$(BIN)/python -m tests.bench
+
+wheel: venv  ## dist/: sdist and wheel
+	$(BIN)/python -m build --no-isolation
+
+proto: venv  ## generate the Python code of lhblock/rpc/*.proto
+	$(BIN)/python -m lhblock.rpc.generate
+
+clean:  ## what was built; volumes are not touched
+	rm -rf build dist *.egg-info lhblock/*.so
+	@[ ! -e native/Makefile ] || $(MAKE) -C native clean
