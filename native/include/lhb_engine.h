@@ -3,6 +3,7 @@
 #define LHB_ENGINE_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 
 #include "lhb_io.h"
@@ -24,10 +25,15 @@ struct lhb_engine {
   pthread_cond_t event_room;
   struct lhb_event events[LHB_EVENTS_MAX];
   uint32_t event_first, event_count;
+  int events_closed;                    /* nobody drains any more */
   int event_fd;
 };
 
 uint64_t lhb_engine_new_id (struct lhb_engine *engine);
+/* Waits while the ring is full, so call it without locks.  Whoever blocks on a
+ * queue or on the pool (lhb_volume_close, lhb_store_close, ...) must leave a
+ * thread that drains the ring meanwhile.  Once lhb_engine_close has begun
+ * nothing waits, and events are dropped. */
 void lhb_engine_post_event (struct lhb_engine *engine,
                             const struct lhb_event *event);
 

@@ -49,6 +49,9 @@ struct lhb_pool;
 int lhb_pool_open (uint32_t workers_max, struct lhb_pool **pool_out);
 void lhb_pool_close (struct lhb_pool *pool);    /* backlog is empty */
 void lhb_pool_submit (struct lhb_pool *pool, struct lhb_job *job);
+uint32_t lhb_pool_threads (struct lhb_pool *pool);      /* alive now */
+/* How long a thread waits for work before it ends; for those not yet waiting. */
+void lhb_pool_set_idle_ms (struct lhb_pool *pool, uint32_t idle_ms);
 
 /* io_uring of one queue; used by that queue's thread only. */
 struct lhb_uring;
