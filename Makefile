@@ -17,7 +17,7 @@ PACKAGES := \
 	clang libclang-rt-14-dev
 
 # The kernel tests/kernel boots; downloaded and unpacked, never installed.
-KERNEL_PACKAGE := linux-image-amd64
+KERNEL_PACKAGE := linux-image-cloud-amd64
 
 PYTHON ?= $(shell for p in /usr/bin/python3 python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && \
