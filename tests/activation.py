@@ -45,7 +45,7 @@ def activated(
     """Run ``command`` with ``listener`` as its activation socket; SIGTERM on leaving.
 
     Args:
-      log: receives standard output and error; its text is in the message when the server ends badly.
+      log: receives standard output and error, and is shown when the server ends early.
     """
     launched = [sys.executable, "-c", LAUNCHER, str(listener.fileno()), *map(str, command)]
     with (

@@ -50,8 +50,8 @@ class Guest:
     def run(self, script: str, *, timeout_s: float = TIMEOUT_S) -> GuestResult:
         """Boot, run ``script`` with ``sh -eux``, power off.
 
-        In the script ``result NAME VALUE...`` hands a value back, and ``nbd-client``, ``mkfs.ext4``,
-        ``e2fsck``, ``resize2fs`` and busybox are there; ``/dev/nbd0`` and on exist.
+        In the script ``result NAME VALUE...`` hands a value back; ``nbd-client``, ``mkfs.ext4``,
+        ``e2fsck``, ``resize2fs`` and busybox are there, and ``/dev/nbd0`` and on.
 
         Raises:
           GuestFailed: the script's status was not 0, or it did not end within ``timeout_s``.
