@@ -21,7 +21,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #define URING_ENTRIES_MAX 4096
 #define URING_REAP_BATCH 32
@@ -128,6 +130,21 @@ lhb_uring_prepare (struct lhb_uring *uring, struct lhb_io *io)
   return 0;
 }
 
+/* From now on the calling thread is the ring's only issuer.  The system call is
+ * made by hand because liburing 2.3 forgets to export its function for it.
+ */
+static int
+uring_enable (struct lhb_uring *uring)
+{
+  if (uring->enabled)
+    return 0;
+  if (syscall (__NR_io_uring_register, uring->ring.ring_fd,
+               IORING_REGISTER_ENABLE_RINGS, NULL, 0) == -1)
+    return -errno;
+  uring->enabled = true;
+  return 0;
+}
+
 /* Hand all prepared ios to the kernel.  -EAGAIN: it has no memory for now and
  * has not taken all of them; they stay prepared, and the next call, or a reap
  * that continues an io, takes them along.
@@ -136,19 +153,14 @@ int
 lhb_uring_submit (struct lhb_uring *uring)
 {
   unsigned tries = 0;
+  int result;
 
-  if (!uring->enabled)
-    {
-      int result = io_uring_enable_rings (&uring->ring);
-
-      if (result < 0)
-        return result;
-      uring->enabled = true;
-    }
+  result = uring_enable (uring);
+  if (result < 0)
+    return result;
   while (io_uring_sq_ready (&uring->ring) > 0)
     {
-      int result = io_uring_submit (&uring->ring);
-
+      result = io_uring_submit (&uring->ring);
       if (result > 0 || result == -EINTR)
         continue;
       if (result < 0 && result != -EAGAIN && result != -EBUSY)
