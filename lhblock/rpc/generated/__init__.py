@@ -1,0 +1,1 @@
+"""Generated from lhblock/rpc/protos by lhblock.rpc.generate. Do not edit."""
