@@ -10,6 +10,7 @@
 #ifndef LHB_RANGE_H
 #define LHB_RANGE_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -21,7 +22,7 @@ enum lhb_range_kind {
   LHB_RANGE_WRITE,              /* excludes every overlap */
   LHB_RANGE_FLUSH,              /* no range: conflicts with a freeze only */
   LHB_RANGE_FREEZE,             /* conflicts with everything */
-};
+};                              /* FLUSH and FREEZE need no blocks */
 
 struct lhb_range_node {
   struct lhb_range_node *prev, *next;
@@ -33,11 +34,14 @@ struct lhb_range_claim {
   uint64_t first_block, last_block;     /* inclusive */
   enum lhb_range_kind kind;
   /* Called by the releasing thread, without locks, when a claim that had to
-   * wait is granted.  It may run before lhb_range_acquire returned false. */
+   * wait is granted.  It may run before lhb_range_acquire returned false.  It
+   * may release this claim or others; what that grants is called back when it
+   * has returned, so it must not wait for another claim. */
   void (*granted) (struct lhb_range_claim *claim);
+  void *owner;                          /* for 'granted'; not looked at */
   /* The table's own. */
   uint64_t sequence;
-  uint32_t blocked_by;
+  _Atomic uint32_t blocked_by;
   uint32_t node_count;
   struct lhb_range_node nodes[2];
   struct lhb_range_claim *next_granted;
