@@ -1,0 +1,36 @@
+"""Memory of the block map, asked of the map itself (`map_memory.c`)."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.bench.settings import REPOSITORY
+
+_NATIVE = REPOSITORY / "native"
+_PROGRAM = Path(__file__).with_suffix(".c")
+_SOURCES = ("map.c", "lock.c", "fault.c")
+
+
+def map_memory() -> dict[str, int]:
+    """Bytes for a TiB that is untouched, sequentially written, and fragmented in every block."""
+    with tempfile.TemporaryDirectory() as directory:
+        binary = Path(directory, "map_memory")
+        subprocess.run(
+            [
+                *(
+                    "cc",
+                    "-std=gnu11",
+                    "-O2",
+                    "-pthread",
+                    f"-I{_NATIVE}",
+                    f"-I{_NATIVE / 'include'}",
+                ),
+                *(str(_PROGRAM), *(str(_NATIVE / "src" / name) for name in _SOURCES)),
+                *("-o", str(binary)),
+            ],
+            check=True,
+        )
+        lines = subprocess.run([binary], capture_output=True, text=True, check=True).stdout
+    return {name: int(bytes_) for name, bytes_ in map(str.split, lines.splitlines())}
