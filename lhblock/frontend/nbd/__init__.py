@@ -12,7 +12,6 @@ from ._listeners import (
     adopt_activation_listeners,
     open_tcp_listeners,
     open_unix_listener,
-    parse_listen,
 )
 from ._negotiation import Agreement, ByteStream, HandshakeEnded, negotiate
 from ._protocol import NBD_DEFAULT_PORT
@@ -38,7 +37,6 @@ __all__ = [
     "negotiate",
     "open_tcp_listeners",
     "open_unix_listener",
-    "parse_listen",
     "parse_uri",
     "serve_nbd",
     "serve_stdio",

@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from lhblock._native import CloseReason
 from lhblock.errors import FrontendError
 
 
@@ -31,8 +32,8 @@ class ExportDescription:
 class Connection(Protocol):
     """A socket in its transmission phase, in the hands of the C core."""
 
-    async def closed(self) -> str:
-        """Wait until the core has closed the socket; return why, as a short phrase.
+    async def closed(self) -> CloseReason:
+        """Wait until the core has closed the socket; return why.
 
         Cancelled: the connection goes on, and its volume closes it.
         """

@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from lhblock.errors import FrontendError, UsageError
+from lhblock.errors import FrontendError
 
 from ._protocol import NBD_DEFAULT_PORT
 from ._uri import NbdUri, format_address
@@ -79,35 +79,12 @@ class Listener:
         self.socket.close()
 
 
-def parse_listen(text: str) -> tuple[str, int]:
-    """Read ``HOST:PORT``, ``HOST``, ``:PORT``, ``[IPV6]:PORT`` or ``[IPV6]``.
-
-    An empty host or ``*`` means every address of the machine; the default port is 10809.
-
-    Raises:
-      UsageError: anything else.
-    """
-    wrong = UsageError(f"cannot listen on {text!r}: write HOST:PORT, with an IPv6 host as [::1]")
-    if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        if not bracket or not host or (rest and not rest.startswith(":")):
-            raise wrong
-        port_text = rest[1:] if rest else str(NBD_DEFAULT_PORT)
-    elif text.count(":") > 1:
-        raise wrong
-    else:
-        host, colon, port_text = text.partition(":")
-        if not colon:
-            port_text = str(NBD_DEFAULT_PORT)
-    if not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
-        raise wrong
-    return ("" if host == "*" else host), int(port_text)
-
-
 async def open_tcp_listeners(
     host: str = "127.0.0.1", port: int = NBD_DEFAULT_PORT
 ) -> list[Listener]:
     """Listen on every address that ``host`` means; port 0 lets the kernel choose one.
+
+    An empty host means every address of the machine.
 
     Raises:
       FrontendError: the host is unknown, or one of its addresses cannot be had. Nothing is left
@@ -177,7 +154,7 @@ async def open_unix_listener(path: Path) -> Listener:
 
     Cancelled: nothing was made, except perhaps the directory.
     """
-    path = path.absolute()
+    path = Path.cwd() / path
     if len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX:
         raise FrontendError(
             f"cannot listen on {path}: the path of a Unix socket has at most "

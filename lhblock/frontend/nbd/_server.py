@@ -19,6 +19,7 @@ from typing import Final
 import structlog
 import trio
 
+from lhblock._native import CloseReason
 from lhblock.errors import FrontendError, LhblockError
 
 from ._exports import Exports
@@ -45,6 +46,17 @@ _ABORTED: Final = frozenset(
         errno.ENETUNREACH,
     }
 )
+
+CLOSE_REASONS: Final = {
+    CloseReason.CLIENT: "client disconnected",
+    CloseReason.EOF: "client vanished between requests",
+    CloseReason.MID_REQUEST: "client vanished inside a request",
+    CloseReason.BAD_MAGIC: "client sent a request with a wrong magic number",
+    CloseReason.TOO_LARGE: "client sent a request too large to skip",
+    CloseReason.SOCKET_ERROR: "the socket failed",
+    CloseReason.READ_FAILED: "a read failed after its reply had begun",
+    CloseReason.ASKED: "closed by the server",
+}
 
 _log = structlog.get_logger("lhblock.frontend.nbd")
 
@@ -249,7 +261,7 @@ class NbdServer:
             os.close(fd)
             raise
         visit.client = ClientInfo(visit.peer, agreement.export_name, datetime.now(UTC))
-        return await connection.closed()
+        return CLOSE_REASONS[await connection.closed()]
 
 
 async def serve_nbd(

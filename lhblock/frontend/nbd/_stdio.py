@@ -39,20 +39,21 @@ async def serve_stdio(
     with _adopt(outside) as client:
         ours = _adopt(inside)
         reason = ""
+        ended = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_pump_in, stdin_fd, client)
 
             async def serve() -> None:
                 nonlocal reason
                 reason = await server.serve_socket(ours, "stdio")
+                ended.set()
 
             nursery.start_soon(serve)
             await _pump_out(client, stdout_fd)
             # The server's side is closed and all its answers are out. Standard input may stay
             # open for ever, so nobody waits for it; the connection's end is reported on its own.
             client.close()
-            while not reason:
-                await trio.lowlevel.checkpoint()
+            await ended.wait()
             nursery.cancel_scope.cancel()
     return reason
 
