@@ -109,13 +109,13 @@ lint: venv  ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test-native: venv  ## the C unit tests
+test-native: packages  ## the C unit tests
 	$(MAKE) -C native test VARIANT=plain
 
-test-native-asan: venv  ## the C unit tests under ASan and UBSan
+test-native-asan: packages  ## the C unit tests under ASan and UBSan
 	$(MAKE) -C native test VARIANT=asan
 
-test-native-tsan: venv  ## the C unit tests under TSan
+test-native-tsan: packages  ## the C unit tests under TSan
 	$(MAKE) -C native test VARIANT=tsan
 
 fuzz: packages  ## fuzz the NBD parser: FUZZ_SECONDS=60

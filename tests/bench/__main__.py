@@ -5,18 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from tests.bench import report
-from tests.bench.contestants import nbdkit_file, nbdkit_memory, qemu_nbd
+from tests.bench.contestants import fio_direct, nbdkit_file, nbdkit_memory, qemu_nbd
+from tests.bench.goals import goals
+from tests.bench.idle import idle_cost
 from tests.bench.map_memory import map_memory
 from tests.bench.match import Match, play
+from tests.bench.ours import LAYERS_DEEP, lhblock, lhblock_deep
 from tests.bench.settings import BenchSettings
+from tests.bench.workload import POINTS
 
 
 def matches() -> list[Match]:
     """All tables, in the order they are run."""
     peers = [nbdkit_file(), nbdkit_memory(), qemu_nbd()]
+    small = [point for point in POINTS if not point.in_mib_s]
+    reads = [point for point in POINTS if not point.is_write]
     return [
-        Match("unix", peers),
-        Match("tcp", peers, tcp=True),
+        Match("unix", [*peers, lhblock("lhblock"), lhblock("lhblock x3", replicas=3)]),
+        Match("tcp", [*peers, lhblock("lhblock")], tcp=True),
+        Match(
+            "direct",
+            [
+                fio_direct(),
+                lhblock("none, io_uring", "--cache", "none", "--driver", "io_uring"),
+                lhblock("none, pool", "--cache", "none", "--driver", "pool"),
+            ],
+            small,
+        ),
+        Match("depth", [lhblock("1 layer"), lhblock_deep(f"{LAYERS_DEEP} layers")], reads),
     ]
 
 
@@ -31,8 +47,12 @@ def main() -> None:
         print(report.table(match, results), flush=True)
         document["matches"][match.name] = report.as_json(match, results)
     if settings.wants("map"):
-        document["map_bytes_per_tib"] = map_memory()
-        print("== map\n" + report.mib_table(document["map_bytes_per_tib"]), flush=True)
+        document["map"] = map_memory()
+        print("== map\n" + report.figures(document["map"]), flush=True)
+    if settings.wants("idle"):
+        document["idle"] = idle_cost(settings)
+        print("== idle\n" + report.figures(document["idle"]), flush=True)
+    print("== goals", *goals(document), sep="\n", flush=True)
     print(f"written to {report.write(document, settings.results)}")
 
 

@@ -34,7 +34,7 @@ class Contestant:
       command: makes the server's command line from its directory and the image size in bytes;
         None for fio on a bare file.
       prepare: called before the server starts, with the same arguments.
-      prefilled: `prepare` has written the whole image already; no warm-up may change it.
+      prefilled: `prepare` has written the whole image already; the warm-up only reads.
     """
 
     name: str
@@ -61,18 +61,20 @@ class Contestant:
         with _listen(directory, tcp=tcp) as listener:
             command = self.command(directory, bytes_)
             with activated(command, listener, directory / "log") as server:
-                engine = ["--ioengine=nbd", f"--uri={_uri(listener)}", f"--size={bytes_}"]
-                yield Running(self.name, engine, server.pid)
+                yield Running(self.name, nbd_engine(listener, bytes_), server.pid)
 
 
 def _listen(directory: Path, *, tcp: bool) -> socket.socket:
     return listen_tcp() if tcp else listen_unix(directory / "socket")
 
 
-def _uri(listener: socket.socket) -> str:
+def nbd_engine(listener: socket.socket, bytes_: int) -> list[str]:
+    """fio's options for the server behind ``listener``."""
     if listener.family == socket.AF_UNIX:
-        return f"nbd+unix:///{EXPORT}?socket={listener.getsockname()}"
-    return f"nbd://127.0.0.1:{listener.getsockname()[1]}/{EXPORT}"
+        uri = f"nbd+unix:///{EXPORT}?socket={listener.getsockname()}"
+    else:
+        uri = f"nbd://127.0.0.1:{listener.getsockname()[1]}/{EXPORT}"
+    return ["--ioengine=nbd", f"--uri={uri}", f"--size={bytes_}"]
 
 
 def make_image(directory: Path, bytes_: int) -> None:

@@ -13,8 +13,8 @@ _PROGRAM = Path(__file__).with_suffix(".c")
 _SOURCES = ("map.c", "lock.c", "fault.c")
 
 
-def map_memory() -> dict[str, int]:
-    """Bytes for a TiB that is untouched, sequentially written, and fragmented in every block."""
+def map_memory() -> dict[str, float]:
+    """MiB for a TiB that is untouched, sequentially written, and fragmented in every block."""
     with tempfile.TemporaryDirectory() as directory:
         binary = Path(directory, "map_memory")
         subprocess.run(
@@ -33,4 +33,7 @@ def map_memory() -> dict[str, int]:
             check=True,
         )
         lines = subprocess.run([binary], capture_output=True, text=True, check=True).stdout
-    return {name: int(bytes_) for name, bytes_ in map(str.split, lines.splitlines())}
+    return {
+        f"{name}_mib_per_tib": int(bytes_) / (1 << 20)
+        for name, bytes_ in map(str.split, lines.splitlines())
+    }

@@ -48,8 +48,7 @@ def play(match: Match, settings: BenchSettings) -> Results:
             directory = Path(root, str(number))
             directory.mkdir()
             server = stack.enter_context(contestant.start(directory, bytes_, tcp=match.tcp))
-            if not contestant.prefilled:
-                fill(server.engine, bytes_=bytes_)
+            fill(server.engine, bytes_=bytes_, write=not contestant.prefilled)
             running.append(server)
         for round_ in range(settings.rounds):
             for point in match.points:

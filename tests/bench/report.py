@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,9 @@ def table(match: Match, results: Results) -> str:
     return "\n".join(lines)
 
 
-def mib_table(bytes_by_name: dict[str, int]) -> str:
+def figures(values: Mapping[str, float]) -> str:
     """One line a figure."""
-    return "\n".join(
-        f"  {name:<24}{bytes_ / (1 << 20):>10.2f} MiB" for name, bytes_ in bytes_by_name.items()
-    )
+    return "\n".join(f"  {name:<28}{value:>10.2f}" for name, value in values.items())
 
 
 def as_json(match: Match, results: Results) -> dict[str, Any]:

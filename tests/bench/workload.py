@@ -100,9 +100,9 @@ def measure(
     )
 
 
-def fill(engine: Sequence[str], *, bytes_: int) -> None:
+def fill(engine: Sequence[str], *, bytes_: int, write: bool = True) -> None:
     """Write the whole image once and read it once, so that it is allocated and in the cache."""
-    for rw in ("write", "read"):
+    for rw in ("write", "read") if write else ("read",):
         run_fio(
             [*engine, f"--rw={rw}", "--bs=1M", "--iodepth=8", f"--io_size={bytes_}"],
             timeout_s=600.0,

@@ -1,0 +1,90 @@
+"""What we want to reach, computed from the figures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PEERS = ("nbdkit file", "nbdkit memory", "qemu-nbd")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal. ``at_least`` says on which side of the bound the value should be."""
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool = True
+
+    @property
+    def reached(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        verdict = "reached" if self.reached else "MISSED"
+        return f"  {self.name:<52}{self.value:>8.2f} {sign} {self.bound:<7.2f} {verdict}"
+
+
+def goals(document: Mapping[str, Any]) -> list[Goal]:
+    """The goals whose tables were run."""
+    return [goal for part in (_peers, _direct, _depth, _idle, _map) for goal in part(document)]
+
+
+def _iops(table: Mapping[str, Any], contestant: str, point: str) -> float:
+    return float(table[contestant][point]["median"]["iops"])
+
+
+def _peers(document: Mapping[str, Any]) -> Iterator[Goal]:
+    table = document["matches"].get("unix")
+    if table is None:
+        return
+    for point, bound in (
+        ("randread-4k-32", 1.3),
+        ("randwrite-4k-32", 1.2),
+        ("randread-4k-1", 1.0),
+        ("randwrite-4k-1", 1.0),
+    ):
+        ratio = _iops(table, "lhblock", point) / _iops(table, "nbdkit file", point)
+        yield Goal(f"{point} to nbdkit file", ratio, bound)
+    for point in ("read-1m-8", "write-1m-8"):
+        best = max(_iops(table, peer, point) for peer in PEERS)
+        yield Goal(f"{point} to the best peer", _iops(table, "lhblock", point) / best, 1.0)
+    point = "randwrite-4k-32"
+    ratio = _iops(table, "lhblock x3", point) / _iops(table, "lhblock", point)
+    yield Goal(f"{point}, three replicas to one", ratio, 0.45)
+
+
+def _direct(document: Mapping[str, Any]) -> Iterator[Goal]:
+    table = document["matches"].get("direct")
+    if table is None:
+        return
+    for point in ("randread-4k-32", "randwrite-4k-32"):
+        ratio = _iops(table, "none, io_uring", point) / _iops(table, "fio direct", point)
+        yield Goal(f"{point}, cache none to fio direct", ratio, 0.8)
+
+
+def _depth(document: Mapping[str, Any]) -> Iterator[Goal]:
+    table = document["matches"].get("depth")
+    if table is None:
+        return
+    point = "randread-4k-32"
+    ratio = _iops(table, "250 layers", point) / _iops(table, "1 layer", point)
+    yield Goal(f"{point}, 250 layers to one", ratio, 0.97)
+
+
+def _idle(document: Mapping[str, Any]) -> Iterator[Goal]:
+    idle = document.get("idle")
+    if idle is None:
+        return
+    yield Goal("100 idle volumes, % of a core", idle["cpu_percent_of_a_core"], 1.0, at_least=False)
+    yield Goal("idle volume, MiB each", idle["pss_mib_per_volume"], 4.0, at_least=False)
+
+
+def _map(document: Mapping[str, Any]) -> Iterator[Goal]:
+    for name, bound in (("untouched", 1.0), ("sequential", 1.0), ("fragmented", 320.0)):
+        if "map" in document:
+            value = document["map"][f"{name}_mib_per_tib"]
+            yield Goal(f"block map of a TiB {name}, MiB", value, bound, at_least=False)
