@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -116,7 +115,6 @@ class FakeConnection:
         return data
 
     def end(self, reason: CloseReason) -> None:
-        trio.lowlevel.notify_closing(self.fd)
         os.close(self.fd)
         self.reason = reason
         self.ended.set()
@@ -144,6 +142,11 @@ class FakeExport:
         self.connections.append(connection)
         self.attached.set()
         return connection
+
+    def close(self) -> None:
+        for connection in self.connections:
+            if not connection.ended.is_set():
+                os.close(connection.fd)
 
 
 class FakeExports:
@@ -189,6 +192,3 @@ class SocketStream:
 
     def close(self) -> None:
         self.socket.close()
-
-    def shut(self) -> None:
-        self.socket.shutdown(socket.SHUT_WR)
