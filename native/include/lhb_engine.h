@@ -8,7 +8,7 @@
 
 #include "lhb_io.h"
 #include "lhb_limits.h"
-#include "../cdef.h"
+#include "lhb_contract.h"
 
 struct lhb_engine {
   struct lhb_queue *queues[LHB_QUEUES_MAX];

@@ -60,7 +60,11 @@ void lhb_uring_close (struct lhb_uring *uring); /* nothing in flight */
 int lhb_uring_fd (const struct lhb_uring *uring);       /* for epoll */
 /* 0, or -EAGAIN when 'entries' are in flight. */
 int lhb_uring_prepare (struct lhb_uring *uring, struct lhb_io *io);
+/* 0, or -errno with some ios still unsubmitted: call it again soon. */
 int lhb_uring_submit (struct lhb_uring *uring);
+/* Prepared ios that a submit has yet to hand over.  Do not sleep while there
+ * are any: no completion may be on its way to wake you. */
+uint32_t lhb_uring_unsubmitted (const struct lhb_uring *uring);
 /* Call 'done' of every completed io.  Returns how many. */
 unsigned lhb_uring_reap (struct lhb_uring *uring);
 uint32_t lhb_uring_in_flight (const struct lhb_uring *uring);

@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "lhb_crc64.h"
-#include "../cdef.h"
+#include "lhb_contract.h"
 
 #define CRC64_POLYNOMIAL 0xD800000000000000ull
 #define CRC64_SLICES 8

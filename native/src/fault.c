@@ -8,7 +8,7 @@
 #include <string.h>
 
 #include "lhb_fault.h"
-#include "../cdef.h"
+#include "lhb_contract.h"
 
 #define FAULT_RULES_MAX 32
 #define FAULT_ERRNO_MAX 4095            /* what the kernel calls an errno */

@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #include "lhb_crc64.h"
-#include "../cdef.h"
+#include "lhb_contract.h"
 
 #define FILE_FIEMAP_BATCH 512           /* extents of one ioctl, 28 KiB */
 #define FILE_CRC_EXTENTS 512            /* extents of one turn of a checksum */

@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #include "lhb_io.h"
-#include "../cdef.h"
+#include "lhb_contract.h"
 
 #define PROBE_ENTRIES 2
 #define PROBE_BYTES 512

@@ -94,6 +94,12 @@ lhb_uring_in_flight (const struct lhb_uring *uring)
   return uring->in_flight;
 }
 
+uint32_t
+lhb_uring_unsubmitted (const struct lhb_uring *uring)
+{
+  return io_uring_sq_ready (&uring->ring);
+}
+
 /* Queue what is left of an io.  While one is in flight, io->result counts the
  * bytes it has transferred so far.  There is always a free entry: those not
  * yet submitted are some of those in flight, and they are at most 'entries'.
@@ -289,6 +295,13 @@ lhb_uring_reap (struct lhb_uring *uring)
 
 uint32_t
 lhb_uring_in_flight (const struct lhb_uring *uring)
+{
+  (void) uring;
+  return 0;
+}
+
+uint32_t
+lhb_uring_unsubmitted (const struct lhb_uring *uring)
 {
   (void) uring;
   return 0;
