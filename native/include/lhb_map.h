@@ -63,8 +63,9 @@ int lhb_map_add_discard (struct lhb_map *map, uint64_t block, uint64_t blocks);
  * nothing changed. */
 int lhb_map_fold_head (struct lhb_map *map, uint8_t layer);
 /* Blocks of the range whose lower layer is 'from' get 'to'.  'to' may be
- * LHB_MAP_HEAD: then the head has them, and their lower entry stays as it is (so
- * that lhb_map_any_lower still says that something is below).  -ENOMEM. */
+ * LHB_MAP_HEAD: then the head has them, 'from' is forgotten, and
+ * lhb_map_any_lower still says that something is below.  -ENOMEM: maybe done
+ * for a first part of the range; it may be called again. */
 int lhb_map_relabel (struct lhb_map *map, uint64_t block, uint64_t blocks,
                      uint8_t from, uint8_t to);
 uint64_t lhb_map_blocks (const struct lhb_map *map);

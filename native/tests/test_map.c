@@ -2,10 +2,8 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
 
-#include "../cdef.h"
+#include "lhb_contract.h"
 #include "lhb_limits.h"
 #include "lhb_map.h"
 #include "lhb_test.h"

@@ -113,7 +113,8 @@ overlap_is_found_across_regions_and_shards (void)
   CHECK (second_waits (two, two));
   CHECK (second_waits (two, probe_of (LHB_RANGE_READ, REGION, REGION)));
   CHECK (second_waits (two, probe_of (LHB_RANGE_READ, 7, REGION - 1)));
-  CHECK (!second_waits (two, probe_of (LHB_RANGE_WRITE, REGION + 1, REGION + 2)));
+  CHECK (!second_waits (two, probe_of (LHB_RANGE_WRITE, REGION + 1,
+                                       REGION + 2)));
   CHECK (!second_waits (two, probe_of (LHB_RANGE_WRITE, turn + REGION - 1,
                                        turn + REGION)));
   CHECK (second_waits (wrap, wrap));
