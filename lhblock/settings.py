@@ -21,11 +21,13 @@ BLOCK_BYTES = 4096
 NAME_CHARS_MAX = 64
 # The kernel's sun_path has 108 bytes with the final zero.
 SOCKET_PATH_BYTES_MAX = 107
-# The largest size whose last byte still has a signed 64-bit offset, cut to whole blocks.
-VOLUME_BYTES_MAX = (1 << 63) - BLOCK_BYTES
+# One PiB; the engine refuses more.
+VOLUME_BYTES_MAX = 1 << 50
 NBD_PORT = 10809
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+# run/<name>.sock must not be the NBD socket or a control socket.
+_RESERVED = re.compile(r"nbd|serve-[0-9]+")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?([a-zA-Z]*)")
 _UNIT_SHIFTS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
 _SNAPSHOT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
@@ -131,6 +133,8 @@ def check_volume_name(name: str) -> str:
             f"invalid volume name {name!r}: use 2 to {NAME_CHARS_MAX} letters, digits,"
             " '_', '.' or '-', beginning with a letter or digit"
         )
+    if _RESERVED.fullmatch(name):
+        raise UsageError(f"invalid volume name {name!r}: a socket in the data directory is called so")
     return name
 
 

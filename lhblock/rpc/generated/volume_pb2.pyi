@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Status(_message.Message):
-    __slots__ = ("name", "size_bytes", "read_only", "cache", "state", "pid", "driver", "driver_reason", "uris", "replicas", "statistics", "jobs", "merges_pending", "version")
+    __slots__ = ("name", "size_bytes", "read_only", "cache", "state", "pid", "driver", "driver_reason", "uris", "replicas", "statistics", "jobs", "merges_pending", "version", "clients")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_ONLY_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class Status(_message.Message):
     JOBS_FIELD_NUMBER: _ClassVar[int]
     MERGES_PENDING_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     size_bytes: int
     read_only: bool
@@ -37,7 +38,18 @@ class Status(_message.Message):
     jobs: _containers.RepeatedCompositeFieldContainer[Job]
     merges_pending: int
     version: str
-    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., read_only: _Optional[bool] = ..., cache: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., driver: _Optional[str] = ..., driver_reason: _Optional[str] = ..., uris: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., statistics: _Optional[_Union[Statistics, _Mapping]] = ..., jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., merges_pending: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    clients: _containers.RepeatedCompositeFieldContainer[Client]
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., read_only: _Optional[bool] = ..., cache: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., driver: _Optional[str] = ..., driver_reason: _Optional[str] = ..., uris: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., statistics: _Optional[_Union[Statistics, _Mapping]] = ..., jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., merges_pending: _Optional[int] = ..., version: _Optional[str] = ..., clients: _Optional[_Iterable[_Union[Client, _Mapping]]] = ...) -> None: ...
+
+class Client(_message.Message):
+    __slots__ = ("peer", "export", "since")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    EXPORT_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    export: str
+    since: str
+    def __init__(self, peer: _Optional[str] = ..., export: _Optional[str] = ..., since: _Optional[str] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("address", "mode", "error", "generation")
@@ -90,7 +102,7 @@ class Statistics(_message.Message):
     def __init__(self, reads: _Optional[int] = ..., writes: _Optional[int] = ..., flushes: _Optional[int] = ..., trims: _Optional[int] = ..., zeroes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., write_bytes: _Optional[int] = ..., trim_bytes: _Optional[int] = ..., zero_bytes: _Optional[int] = ..., read_ns: _Optional[int] = ..., write_ns: _Optional[int] = ..., flush_ns: _Optional[int] = ..., errors: _Optional[int] = ..., in_flight: _Optional[int] = ..., connections: _Optional[int] = ..., map_bytes: _Optional[int] = ..., freeze_ns_max: _Optional[int] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("name", "parent", "children", "created", "removed", "user_created", "labels", "size_bytes")
+    __slots__ = ("name", "parent", "children", "created", "removed", "user_created", "labels", "size_bytes", "allocated_bytes")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +118,7 @@ class Snapshot(_message.Message):
     USER_CREATED_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     parent: str
     children: _containers.RepeatedScalarFieldContainer[str]
@@ -114,7 +127,8 @@ class Snapshot(_message.Message):
     user_created: bool
     labels: _containers.ScalarMap[str, str]
     size_bytes: int
-    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., children: _Optional[_Iterable[str]] = ..., created: _Optional[str] = ..., removed: _Optional[bool] = ..., user_created: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+    allocated_bytes: int
+    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., children: _Optional[_Iterable[str]] = ..., created: _Optional[str] = ..., removed: _Optional[bool] = ..., user_created: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., size_bytes: _Optional[int] = ..., allocated_bytes: _Optional[int] = ...) -> None: ...
 
 class SnapshotListReply(_message.Message):
     __slots__ = ("snapshots", "merges_pending", "volume_bytes")
@@ -153,35 +167,55 @@ class JobGetRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "subject", "state", "done_bytes", "total_bytes", "error", "checksums")
+    __slots__ = ("id", "kind", "subject", "replica", "state", "done_bytes", "total_bytes", "error", "checksums", "mismatches", "verified", "without_record")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    MISMATCHES_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_RECORD_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     subject: str
+    replica: str
     state: str
     done_bytes: int
     total_bytes: int
     error: str
     checksums: _containers.RepeatedCompositeFieldContainer[Checksum]
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., subject: _Optional[str] = ..., state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., error: _Optional[str] = ..., checksums: _Optional[_Iterable[_Union[Checksum, _Mapping]]] = ...) -> None: ...
+    mismatches: _containers.RepeatedCompositeFieldContainer[Mismatch]
+    verified: int
+    without_record: int
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., subject: _Optional[str] = ..., replica: _Optional[str] = ..., state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., error: _Optional[str] = ..., checksums: _Optional[_Iterable[_Union[Checksum, _Mapping]]] = ..., mismatches: _Optional[_Iterable[_Union[Mismatch, _Mapping]]] = ..., verified: _Optional[int] = ..., without_record: _Optional[int] = ...) -> None: ...
 
 class Checksum(_message.Message):
-    __slots__ = ("replica", "snapshot", "method", "value", "damaged")
+    __slots__ = ("replica", "snapshot", "method", "value")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
-    DAMAGED_FIELD_NUMBER: _ClassVar[int]
     replica: str
     snapshot: str
     method: str
     value: str
-    damaged: bool
-    def __init__(self, replica: _Optional[str] = ..., snapshot: _Optional[str] = ..., method: _Optional[str] = ..., value: _Optional[str] = ..., damaged: _Optional[bool] = ...) -> None: ...
+    def __init__(self, replica: _Optional[str] = ..., snapshot: _Optional[str] = ..., method: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class Mismatch(_message.Message):
+    __slots__ = ("replica", "snapshot", "expected", "found", "repaired_from")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_FROM_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    snapshot: str
+    expected: str
+    found: str
+    repaired_from: str
+    def __init__(self, replica: _Optional[str] = ..., snapshot: _Optional[str] = ..., expected: _Optional[str] = ..., found: _Optional[str] = ..., repaired_from: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,69 @@
+"""The serving process, the volumes of a data directory, and the way commands reach them.
+
+Names are imported when first used: what lists volumes must not load an engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lhblock.instance._channel import VolumeChannel, first_sentence, open_channel
+    from lhblock.instance._creation import create_volume, uncreate_volume
+    from lhblock.instance._logging import configure_logging
+    from lhblock.instance._registry import Registry, ReplicaRecord, VolumeRecord
+    from lhblock.instance._removal import removable, remove_replica
+    from lhblock.instance._serve import Ready, ReadyVolume, run_serve
+    from lhblock.instance._serving import Holder, answering_address, serving
+    from lhblock.instance._settings import ServeSettings, serve_settings
+
+_HOMES = {
+    "Holder": "_serving",
+    "Ready": "_serve",
+    "ReadyVolume": "_serve",
+    "Registry": "_registry",
+    "ReplicaRecord": "_registry",
+    "ServeSettings": "_settings",
+    "VolumeChannel": "_channel",
+    "VolumeRecord": "_registry",
+    "answering_address": "_serving",
+    "configure_logging": "_logging",
+    "create_volume": "_creation",
+    "first_sentence": "_channel",
+    "open_channel": "_channel",
+    "removable": "_removal",
+    "remove_replica": "_removal",
+    "run_serve": "_serve",
+    "serve_settings": "_settings",
+    "serving": "_serving",
+    "uncreate_volume": "_creation",
+}
+
+__all__ = [
+    "Holder",
+    "Ready",
+    "ReadyVolume",
+    "Registry",
+    "ReplicaRecord",
+    "ServeSettings",
+    "VolumeChannel",
+    "VolumeRecord",
+    "answering_address",
+    "configure_logging",
+    "create_volume",
+    "first_sentence",
+    "open_channel",
+    "removable",
+    "remove_replica",
+    "run_serve",
+    "serve_settings",
+    "serving",
+    "uncreate_volume",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

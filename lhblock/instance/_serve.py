@@ -1,0 +1,387 @@
+"""The serving process: volumes opened, front end and control service running, until a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import structlog
+import trio
+
+from lhblock.engine import Engine, EngineOptions, open_engine
+from lhblock.errors import LhblockError, UsageError, VolumeBusy, VolumeNotFound
+from lhblock.frontend.nbd import (
+    ClientInfo,
+    Listener,
+    NbdServer,
+    adopt_activation_listeners,
+    open_tcp_listeners,
+    open_unix_listener,
+    serve_nbd,
+    serve_stdio,
+)
+from lhblock.instance._controller import Choice, ControllerService
+from lhblock.instance._creation import create_volume, uncreate_volume
+from lhblock.instance._exports import VolumeExports
+from lhblock.instance._notify import Notifier
+from lhblock.instance._registry import Registry, VolumeRecord
+from lhblock.instance._served import FRONTEND, ServedVolume, open_served
+from lhblock.instance._serving import serving
+from lhblock.instance._settings import ServeSettings
+from lhblock.instance._volume_service import VolumeService
+from lhblock.rpc import CONTROLLER, VOLUME, Call, serve_rpc
+from lhblock.settings import (
+    SOCKET_PATH_BYTES_MAX,
+    DataDir,
+    check_volume_name,
+    format_size,
+    parse_listen,
+)
+
+_log = structlog.get_logger("lhblock.instance")
+
+
+@dataclass(frozen=True)
+class ReadyVolume:
+    """A volume that is served now. `created`: this process made it."""
+
+    name: str
+    size_bytes: int
+    cache: str
+    state: str
+    read_only: bool
+    created: bool
+    uris: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What clients need to know once everything answers.
+
+    Attributes:
+      listen: TCP addresses.
+      sockets: paths of Unix sockets.
+      control: path of the control socket.
+    """
+
+    pid: int
+    data_dir: str
+    driver: str
+    driver_reason: str
+    listen: tuple[str, ...]
+    sockets: tuple[str, ...]
+    control: str
+    volumes: tuple[ReadyVolume, ...]
+
+
+@dataclass
+class _Process:
+    """What one `run_serve` has open."""
+
+    data_dir: DataDir
+    registry: Registry
+    settings: ServeSettings
+    volumes: dict[str, ServedVolume] = field(default_factory=dict)
+    created: set[str] = field(default_factory=set)
+    ready: bool = False
+
+
+async def run_serve(
+    data_dir: DataDir,
+    names: Sequence[str],
+    settings: ServeSettings,
+    *,
+    size_bytes: int | None,
+    on_ready: Callable[[Ready], None],
+    stdio: bool = False,
+) -> None:
+    """Serve volumes until SIGINT or SIGTERM; a second signal ends the process at once.
+
+    Volumes that do not exist are created with `size_bytes`. When anything fails before the
+    process is ready, volumes it created are removed again.
+
+    Args:
+      on_ready: called once, when clients can connect.
+      stdio: serve one client on standard input and output, and return when it is done.
+
+    Raises:
+      UsageError: a name, or a volume that does not exist and no size.
+      LhblockError: a replica, an address or the data directory cannot be used.
+
+    Cancelled: as after a signal.
+    """
+    notifier = Notifier()
+    async with trio.open_nursery() as nursery:
+        stop = trio.CancelScope()
+        await nursery.start(_watch_signals, stop)
+        failure: Exception | None = None
+        try:
+            with stop:
+                process = _Process(data_dir, Registry(data_dir), settings)
+                await _serve(process, names, size_bytes, on_ready, notifier, stdio=stdio)
+        except Exception as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _watch_signals(
+    stop: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        asked = False
+        async for number in signals:
+            name = signal.Signals(number).name
+            if asked:
+                # What was acknowledged as flushed is safe; the next start cleans up the rest.
+                _log.warning("stopping at once", signal=name)
+                sys.stderr.flush()
+                os._exit(128 + number)
+            asked = True
+            _log.info("stopping; once more to stop at once", signal=name)
+            Notifier().stopping()
+            stop.cancel()
+
+
+async def _serve(
+    process: _Process,
+    names: Sequence[str],
+    size_bytes: int | None,
+    on_ready: Callable[[Ready], None],
+    notifier: Notifier,
+    *,
+    stdio: bool,
+) -> None:
+    data_dir, settings = process.data_dir, process.settings
+    _check_names(process, names, size_bytes)
+    data_dir.prepare()
+    async with AsyncExitStack() as stack:
+        listeners = [] if stdio else await _listen(stack, data_dir, settings)
+        records = _records(stack, process, names, size_bytes)
+        engine = await stack.enter_async_context(open_engine(_engine_options(settings)))
+        for record in records:
+            await _open(stack, process, engine, record, listeners)
+        exports = VolumeExports(process.volumes)
+        server: list[NbdServer] = []
+
+        def clients() -> Sequence[ClientInfo]:
+            return server[0].clients() if server else ()
+
+        async with trio.open_nursery() as nursery:
+            control = await _start_control(nursery, process, engine, clients)
+            links = [data_dir.control_link(name) for name in process.volumes]
+            try:
+                for link in links:
+                    _point(link, control.name)
+                if not stdio:
+                    server.append(
+                        await nursery.start(
+                            partial(
+                                serve_nbd,
+                                listeners,
+                                exports,
+                                handshake_timeout_s=settings.handshake_timeout_s,
+                                connections_max=settings.connections_max,
+                            )
+                        )
+                    )
+                process.ready = True
+                ready = _ready(process, engine, listeners, control)
+                on_ready(ready)
+                notifier.ready(f"serving {', '.join(process.volumes)}")
+                if stdio:
+                    reason = await serve_stdio(
+                        exports, handshake_timeout_s=settings.handshake_timeout_s
+                    )
+                    _log.info("connection ended", reason=reason)
+                    nursery.cancel_scope.cancel()
+                await trio.sleep_forever()
+            finally:
+                for link in links:
+                    _unpoint(link, control.name)
+                control.unlink(missing_ok=True)
+                nursery.cancel_scope.cancel()
+
+
+def _check_names(process: _Process, names: Sequence[str], size_bytes: int | None) -> None:
+    settings = process.settings
+    if len(set(names)) != len(names):
+        raise UsageError("a volume is named twice")
+    if settings.replica and len(names) > 1:
+        raise UsageError("--replica is for one volume; create the others on their own")
+    for name in names:
+        check_volume_name(name)
+        try:
+            record = process.registry.get(name)
+        except VolumeNotFound as error:
+            if settings.read_only:
+                raise UsageError(
+                    f"volume {name} does not exist, and --read-only cannot create it"
+                ) from error
+            if size_bytes is None and not settings.replica:
+                raise UsageError(f"volume {name} does not exist; give --size to create it") from error
+            continue
+        holder = serving(process.data_dir, record)
+        if holder is not None and not settings.read_only:
+            who = f"process {holder.pid}" if holder.pid else "another process"
+            raise VolumeBusy(name, f"{who} serves it already; stop that first")
+        if settings.replica:
+            wanted = {Path(os.path.abspath(path)) for path in settings.replica}  # noqa: PTH100
+            if wanted != set(record.paths):
+                listed = ", ".join(str(path) for path in record.paths)
+                raise UsageError(
+                    f"volume {name} exists with the replicas {listed}; leave --replica out"
+                )
+        if size_bytes not in (None, record.size_bytes):
+            _log.warning(
+                "the volume exists; --size is only for creating it, see 'lhblock volume expand'",
+                volume=name,
+                size=format_size(record.size_bytes),
+            )
+
+
+async def _listen(
+    stack: AsyncExitStack, data_dir: DataDir, settings: ServeSettings
+) -> list[Listener]:
+    listeners = adopt_activation_listeners(os.environ)
+    for listener in listeners:
+        stack.callback(listener.close)
+    if listeners:
+        return listeners
+    if settings.tcp:
+        address = parse_listen(settings.listen)
+        for listener in await open_tcp_listeners(address.host, address.port):
+            stack.callback(listener.close)
+            listeners.append(listener)
+    path = Path.cwd() / settings.socket if settings.socket else data_dir.nbd_socket
+    listener = await open_unix_listener(path)
+    stack.callback(listener.close)
+    return [*listeners, listener]
+
+
+def _records(
+    stack: AsyncExitStack, process: _Process, names: Sequence[str], size_bytes: int | None
+) -> list[VolumeRecord]:
+    records = []
+    for name in names:
+        try:
+            records.append(process.registry.get(name))
+        except VolumeNotFound:
+            record = create_volume(
+                process.registry,
+                name,
+                size_bytes=size_bytes,
+                replicas=process.settings.replica,
+                cache=process.settings.cache or "writeback",
+            )
+            process.created.add(name)
+            stack.callback(_undo, process, record)
+            records.append(record)
+    return records
+
+
+def _undo(process: _Process, record: VolumeRecord) -> None:
+    if not process.ready:
+        with suppress(LhblockError):
+            uncreate_volume(process.registry, record)
+
+
+def _engine_options(settings: ServeSettings) -> EngineOptions:
+    return EngineOptions(queues=settings.queues, workers=settings.workers, driver=settings.driver)
+
+
+async def _open(
+    stack: AsyncExitStack,
+    process: _Process,
+    engine: Engine,
+    record: VolumeRecord,
+    listeners: Sequence[Listener],
+) -> None:
+    settings = process.settings
+    served = await stack.enter_async_context(
+        open_served(engine, record, cache=settings.cache, read_only=settings.read_only)
+    )
+    await served.refresh_record(process.registry)
+    served.uris = tuple(str(listener.uri(record.name)) for listener in listeners)
+    served.frontend, served.frontend_up = FRONTEND, True
+    process.volumes[record.name] = served
+
+
+async def _start_control(
+    nursery: trio.Nursery,
+    process: _Process,
+    engine: Engine,
+    clients: Callable[[], Sequence[ClientInfo]],
+) -> Path:
+    choice = Choice(process.volumes)
+    path = process.data_dir.control_socket(os.getpid())
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(
+            f"the path of the control socket, {path}, is longer than {SOCKET_PATH_BYTES_MAX}"
+            " bytes; choose a shorter data directory"
+        )
+    services = {
+        CONTROLLER: ControllerService(choice, process.registry).handlers,
+        VOLUME: VolumeService(
+            choice, driver=(engine.driver, engine.driver_reason), clients=clients
+        ).handlers,
+    }
+    await nursery.start(
+        partial(
+            serve_rpc, f"unix:{path}", services, check=choice.check, unexpected=_log_unexpected
+        )
+    )
+    return path
+
+
+def _log_unexpected(call: Call, error: Exception) -> None:
+    _log.error("control call failed", method=call.method.path, exc_info=error)
+
+
+def _point(link: Path, target: str) -> None:
+    scratch = link.with_name(f".{link.name}.{os.getpid()}")
+    scratch.unlink(missing_ok=True)
+    scratch.symlink_to(target)
+    scratch.rename(link)
+
+
+def _unpoint(link: Path, target: str) -> None:
+    # Another process may have taken the volume over in the meantime.
+    with suppress(OSError):
+        if os.fspath(link.readlink()) == target:
+            link.unlink()
+
+
+def _ready(
+    process: _Process, engine: Engine, listeners: Sequence[Listener], control: Path
+) -> Ready:
+    sockets = tuple(uri.socket_path for item in listeners if (uri := item.uri()).socket_path)
+    return Ready(
+        pid=os.getpid(),
+        data_dir=str(process.data_dir.path),
+        driver=engine.driver,
+        driver_reason=engine.driver_reason,
+        listen=tuple(item.address for item in listeners if item.uri().socket_path is None),
+        sockets=tuple(path for path in sockets if path),
+        control=str(control),
+        volumes=tuple(
+            ReadyVolume(
+                name=served.name,
+                size_bytes=served.volume.size_bytes,
+                cache=served.cache,
+                state=served.volume.state,
+                read_only=served.volume.read_only,
+                created=served.name in process.created,
+                uris=tuple(served.uris),
+            )
+            for served in process.volumes.values()
+        ),
+    )

@@ -1,0 +1,134 @@
+"""A volume that this process has open, and what the control service keeps about it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import trio
+
+from lhblock.engine import Engine, SnapshotLimits, Volume, VolumeConfig
+from lhblock.errors import LhblockError
+from lhblock.instance._jobs import Jobs
+from lhblock.instance._registry import Registry, VolumeRecord
+
+FRONTEND = "nbd"
+_CONNECTION_POLL_S = 0.01
+
+
+@dataclass
+class Expansion:
+    """The last expansion: going on, failed, or neither."""
+
+    running: bool = False
+    error: str = ""
+    failed_at: str = ""
+
+
+@dataclass
+class ServedVolume:
+    """One open volume.
+
+    Attributes:
+      record: as in the registry; replaced when something recorded changes.
+      uris: where clients find it; empty when nothing is offered (an offline command).
+      frontend: the name last started; stays when the front end is down, as in Longhorn.
+      frontend_up: whether new clients are let in.
+      rebuild_sync_limit: as set by a client.
+      cache: the cache mode in use, which may differ from the recorded one.
+      reverting: new clients are kept out for a moment.
+    """
+
+    record: VolumeRecord
+    volume: Volume
+    jobs: Jobs
+    nursery: trio.Nursery
+    uris: Sequence[str] = ()
+    frontend: str = ""
+    frontend_up: bool = False
+    rebuild_sync_limit: int = 1
+    cache: str = "writeback"
+    expansion: Expansion = field(default_factory=Expansion)
+    reverting: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    async def refresh_record(self, registry: Registry) -> None:
+        """Record the size again if a crash or a foreign program made it differ."""
+        size_bytes = self.volume.size_bytes
+        if size_bytes != self.record.size_bytes and not self.volume.read_only:
+            self.record = await trio.to_thread.run_sync(
+                lambda: registry.update(self.name, size_bytes=size_bytes)
+            )
+
+    def start_expansion(self, registry: Registry, size_bytes: int) -> None:
+        """Expand in the background; `expansion` tells how it went."""
+        self.expansion = Expansion(running=True)
+        self.nursery.start_soon(self._expand, registry, size_bytes, self.expansion)
+
+    async def _expand(self, registry: Registry, size_bytes: int, expansion: Expansion) -> None:
+        try:
+            await self.volume.expand(size_bytes)
+            await self.refresh_record(registry)
+        except LhblockError as error:
+            expansion.error = str(error)
+            expansion.failed_at = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        finally:
+            expansion.running = False
+
+    async def wait_idle(self) -> None:
+        """Wait for the last connection to end after all were asked to.
+
+        Cancelled: they were asked all the same.
+        """
+        self.volume.close_connections()
+        while self.volume.connections:
+            await trio.sleep(_CONNECTION_POLL_S)
+
+
+@asynccontextmanager
+async def open_served(
+    engine: Engine, record: VolumeRecord, *, cache: str | None = None, read_only: bool = False
+) -> AsyncIterator[ServedVolume]:
+    """Open a recorded volume for as long as the block lasts. Jobs end with it.
+
+    Raises:
+      LhblockError: as `Engine.open_volume`.
+    """
+    chosen = cache or record.cache
+    config = VolumeConfig(
+        name=record.name,
+        replicas=record.paths,
+        cache="none" if chosen == "none" else "writeback",
+        read_only=read_only,
+        limits=SnapshotLimits(
+            count_max=record.snapshot_count_max, size_bytes_max=record.snapshot_bytes_max
+        ),
+    )
+    async with engine.open_volume(config) as volume:
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            jobs = Jobs(record.name, nursery)
+            # Errors of the caller's block are raised as they are, not in a group.
+            try:
+                yield ServedVolume(record, volume, jobs, nursery, cache=chosen)
+            except Exception as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+
+@contextlib.contextmanager
+def no_new_clients(served: ServedVolume) -> Iterator[None]:
+    """Keep new clients out while the content is replaced."""
+    served.reverting = True
+    try:
+        yield
+    finally:
+        served.reverting = False

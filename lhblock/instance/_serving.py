@@ -1,0 +1,102 @@
+"""Who serves a volume: the holder of its replica's lock, and the socket that process answers on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from lhblock.instance._registry import VolumeRecord
+from lhblock.settings import DataDir
+
+LOCK_FILE = "lhblock.lock"
+_PID_CHARS_MAX = 20
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that has a replica directory open. `pid` is 0 if the lock does not tell."""
+
+    pid: int
+
+
+def lock_holder(replica: Path) -> Holder | None:
+    """Return who holds the directory's lock, or None if nobody does.
+
+    A directory that is missing or was never opened is held by nobody. The lock is asked for in
+    shared mode and given back at once, which never makes a holder fail.
+    """
+    try:
+        fd = os.open(replica / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.read(fd, _PID_CHARS_MAX).strip()
+            return Holder(int(text) if text.isdigit() else 0)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
+    return None
+
+
+def serving(data_dir: DataDir, record: VolumeRecord) -> Holder | None:
+    """Return who serves the volume, or None.
+
+    The lock of the first replica directory that is there decides. A read-only process shares
+    that lock, so one that answers on its control socket counts as well.
+    """
+    for path in record.paths:
+        if (path / LOCK_FILE).exists():
+            holder = lock_holder(path)
+            if holder is not None:
+                return holder
+            break
+    address = answering_address(data_dir, record.name)
+    if address is None:
+        return None
+    pid = address.removesuffix(".sock").rpartition("serve-")[2]
+    return Holder(int(pid) if pid.isdigit() else 0)
+
+
+def answering_address(data_dir: DataDir, volume: str) -> str | None:
+    """Return `control_address` if somebody accepts connections there.
+
+    The file of a process that was killed stays behind, so its presence says nothing.
+    """
+    address = control_address(data_dir, volume)
+    if address is None or not _answers(address.removeprefix("unix:")):
+        return None
+    return address
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            return True  # its backlog is full, so somebody listens
+        except OSError:
+            return False
+    return True
+
+
+def control_address(data_dir: DataDir, volume: str) -> str | None:
+    """Return where the process serving `volume` answers, or None if it left no link."""
+    link = data_dir.control_link(volume)
+    try:
+        target = os.readlink(link)
+    except OSError:
+        return None
+    # A link to a bare name, as this program makes it; anything else is not ours to follow.
+    if "/" in target or not target.startswith("serve-"):
+        return None
+    path = data_dir.run / target
+    return f"unix:{path}" if path.is_socket() else None

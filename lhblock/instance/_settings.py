@@ -1,0 +1,73 @@
+"""The settings of a serving process, checked together before anything starts.
+
+Options win over ``LHBLOCK_*`` variables, which win over the defaults. This module imports
+pydantic, so only ``lhblock serve`` imports it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from lhblock.errors import UsageError
+from lhblock.settings import NBD_PORT
+
+_ENV_PREFIX = "LHBLOCK_"
+
+
+class ServeSettings(BaseSettings):
+    """How one ``lhblock serve`` listens and does its I/O.
+
+    Attributes:
+      listen: TCP address, ``HOST:PORT``; port 0 lets the kernel choose.
+      tcp: listen on TCP at all.
+      socket: path of the Unix socket; None is ``run/nbd.sock`` in the data directory.
+      cache: overrides the recorded cache mode of every volume; None keeps it.
+      read_only: nothing is written, the replica metadata included.
+      driver: how disk I/O that may wait is done.
+      queues: queue threads.
+      workers: threads for I/O that would stall a queue.
+      connections_max: clients at once, over all volumes.
+      handshake_timeout_s: how long a client may take to choose its export.
+      stop_timeout_s: how long a clean stop may take before it is forced.
+      replica: directories of a new volume; none means the default one.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=_ENV_PREFIX, extra="forbid", frozen=True, validate_default=True
+    )
+
+    listen: str = f"127.0.0.1:{NBD_PORT}"
+    tcp: bool = True
+    socket: Path | None = None
+    cache: Literal["writeback", "none"] | None = None
+    read_only: bool = False
+    driver: Literal["auto", "io_uring", "pool"] = "auto"
+    queues: Annotated[int, Field(ge=1, le=64)] = 2
+    workers: Annotated[int, Field(ge=1, le=64)] = 16
+    connections_max: Annotated[int, Field(ge=1, le=65536)] = 1024
+    handshake_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    stop_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    replica: Annotated[tuple[Path, ...], NoDecode] = ()
+
+
+def serve_settings(**options: Any) -> ServeSettings:
+    """Return the settings; options that are None were not given.
+
+    Raises:
+      UsageError: a value is not possible; the sentence names the option, or the variable the
+        value came from.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return ServeSettings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]) if first["loc"] else "settings"
+        name = field.replace("_", "-")
+        source = f"--{name}" if field in given else f"{_ENV_PREFIX}{field.upper()}"
+        problem = first["msg"][0].lower() + first["msg"][1:]
+        raise UsageError(f"{source} {first['input']!r}: {problem}") from error
