@@ -1,0 +1,62 @@
+"""One replica directory: metadata and the order of its writes, lock, clean-up, generation,
+checksums."""
+
+from __future__ import annotations
+
+from lhblock.replica._checksum import (
+    ChecksumRecord,
+    change_time_text,
+    hash_image,
+    read_checksum,
+    valid_checksum,
+    write_checksum,
+)
+from lhblock.replica._create import Probe
+from lhblock.replica._directory import EXPANSION_LABEL, ReplicaDirectory
+from lhblock.replica._generation import (
+    Candidate,
+    Choice,
+    Generation,
+    HeadFingerprint,
+    HistoryEntry,
+    Stale,
+    choose,
+    new_set,
+    supersede,
+)
+from lhblock.replica._lock import lock_holder
+from lhblock.replica._metadata import BLOCK_BYTES, LAYERS_MAX, Disk, created_text, why_bad_size
+from lhblock.replica._names import check_snapshot_name, next_head, snapshot_image, snapshot_of
+from lhblock.replica._pending import PendingHead
+
+__all__ = [
+    "BLOCK_BYTES",
+    "EXPANSION_LABEL",
+    "LAYERS_MAX",
+    "Candidate",
+    "ChecksumRecord",
+    "Choice",
+    "Disk",
+    "Generation",
+    "HeadFingerprint",
+    "HistoryEntry",
+    "PendingHead",
+    "Probe",
+    "ReplicaDirectory",
+    "Stale",
+    "change_time_text",
+    "check_snapshot_name",
+    "choose",
+    "created_text",
+    "hash_image",
+    "lock_holder",
+    "new_set",
+    "next_head",
+    "read_checksum",
+    "snapshot_image",
+    "snapshot_of",
+    "supersede",
+    "valid_checksum",
+    "why_bad_size",
+    "write_checksum",
+]
