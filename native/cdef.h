@@ -148,6 +148,10 @@ void lhb_store_abandon_head (lhb_store *store);
 /* Volume frozen.  The prepared file becomes the head, the old head a layer.
  * 'size_bytes' is the new volume size.  Returns the new head's layer id. */
 int lhb_store_commit_head (lhb_store *store, uint64_t size_bytes);
+/* A layer's discard file has, or would get, another name from now on: that of
+ * an old head changes when it becomes a snapshot. */
+int lhb_store_rename_discard (lhb_store *store, int layer,
+                              const char *discard);
 /* fdatasync of every layer and discard file with unsynced data.  Blocking. */
 int lhb_store_sync (lhb_store *store);
 uint64_t lhb_store_map_bytes (const lhb_store *store);
@@ -182,9 +186,11 @@ int lhb_store_drop_layer (lhb_volume *volume, lhb_store *store, int lower);
 int lhb_store_add_side_layer (lhb_store *store, const char *image,
                               const char *discard);
 
-/* Make the head of 'target' equal to the head of 'source', block by block.
- * Neither serves.  Returns bytes copied.  Blocking. */
-int64_t lhb_store_reconcile (lhb_store *source, lhb_store *target);
+/* Make a layer of 'target' equal to a layer of 'source', block by block: data,
+ * holes and discards.  Neither store serves.  Returns the bytes changed.  The
+ * target's map is out of date afterwards: close and reopen it.  Blocking. */
+int64_t lhb_store_reconcile (lhb_store *source, int source_layer,
+                             lhb_store *target, int target_layer);
 
 /* ---- Volume: a replica set behind one range table. */
 
@@ -227,7 +233,8 @@ void lhb_volume_statistics (const lhb_volume *volume,
  * closes it and posts LHB_EVENT_CONNECTION_CLOSED. */
 int lhb_nbd_attach (lhb_volume *volume, int socket_fd, uint32_t flags,
                     uint32_t base_allocation_id, uint64_t *connection_id_out);
-int lhb_connection_close (lhb_engine *engine, uint64_t connection_id);
+/* Its requests end, their replies are dropped.  -ENOENT: gone already. */
+int lhb_connection_close (lhb_volume *volume, uint64_t connection_id);
 
 /* ---- Fault points (tests): off unless armed. */
 

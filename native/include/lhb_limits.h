@@ -7,9 +7,6 @@
 #define LHB_WORKERS_MAX 64
 #define LHB_EVENTS_MAX 1024             /* records of the event ring */
 
-/* A request is executed in pieces of at most this many bytes, so one slab of
- * this size (plus the two partial blocks at its ends) holds any piece. */
-#define LHB_PIECE_BYTES_MAX (1u << 20)
 /* Largest READ or WRITE announced to NBD clients. */
 #define LHB_NBD_PAYLOAD_MAX (32u << 20)
 /* A refused WRITE up to this size is read and thrown away; beyond it the
@@ -20,14 +17,21 @@
 /* Buffers and requests of one connection.  They are its own, so a client
  * that stalls holds nobody else's memory. */
 #define LHB_CONN_REQUESTS 256
-#define LHB_CONN_SLABS_SMALL 256        /* 2 blocks each */
-#define LHB_CONN_SLABS_MEDIUM 64        /* 33 blocks each: 128 KiB anywhere */
-#define LHB_CONN_SLABS_LARGE 16         /* 257 blocks each: 1 MiB anywhere */
+#define LHB_CONN_SLAB_CLASSES 5
+/* (blocks of a slab, slabs): any request of 4 KiB, 128 KiB, 1 MiB, 4 MiB and
+ * LHB_NBD_PAYLOAD_MAX at any alignment fits its class.  Address space only:
+ * untouched slabs cost no memory. */
+#define LHB_CONN_SLAB_TABLE                                                   \
+  { { 2, 256 }, { 33, 64 }, { 257, 16 }, { 1025, 8 }, { 8193, 1 } }
 #define LHB_CONN_RECEIVE_BYTES (256u << 10)
 #define LHB_CONN_SEND_IOV_MAX 128
 #define LHB_TURN_RECEIVES_MAX 4         /* recv calls a connection has a turn */
 
 #define LHB_REQUEST_IOS_MAX 8           /* system calls in flight per request */
+/* Larger page-cache copies leave the queue thread for the driver, so that two
+ * cores copy at once and small requests do not wait behind them. */
+#define LHB_INLINE_BYTES_MAX (128u << 10)
+#define LHB_ZERO_STEP_BYTES (64u << 20) /* one fallocate call */
 #define LHB_URING_ENTRIES 256           /* per queue */
 #define LHB_EPOLL_EVENTS 64
 

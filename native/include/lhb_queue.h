@@ -20,8 +20,6 @@ struct lhb_pollable {
 };
 int lhb_queue_watch (struct lhb_queue *queue, struct lhb_pollable *pollable,
                      uint32_t epoll_events);
-int lhb_queue_rewatch (struct lhb_queue *queue, struct lhb_pollable *pollable,
-                       uint32_t epoll_events);
 void lhb_queue_unwatch (struct lhb_queue *queue, struct lhb_pollable *pollable);
 
 /* Called once at the end of the turn, after all events: to send what the turn

@@ -1,5 +1,4 @@
 /* CRC-64/ISO: eight bytes a step, and zeros by the million in one. */
-#define _GNU_SOURCE
 #include <endian.h>
 #include <pthread.h>
 #include <stddef.h>

@@ -1,5 +1,4 @@
 /* The engine: queue threads, worker pool and the ring of events for Python. */
-#define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>

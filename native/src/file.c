@@ -1,5 +1,4 @@
 /* Frozen image files: where they hold data, and what their content sums to. */
-#define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
 #include <limits.h>

@@ -5,7 +5,6 @@
  * when they were idle for a while.  An ended thread must be joined by
  * somebody: the next one to end does it, and lhb_pool_close joins the last.
  */
-#define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
 #include <pthread.h>

@@ -1,5 +1,4 @@
 /* What this kernel, this container and this file system let us use. */
-#define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
 #include <linux/fiemap.h>

@@ -6,7 +6,6 @@
  * completions even out of epoll_wait(), which then may return EINTR.  Ring
  * descriptors are close-on-exec by the kernel's own choice.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 
 #include "lhb_io.h"

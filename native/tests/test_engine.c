@@ -1,5 +1,4 @@
 /* The engine: options, drivers and the ring of events. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>

@@ -1,5 +1,4 @@
 /* Fault points: armed rules fire on the passes they name, and on no others. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
 #include <stdint.h>

@@ -1,5 +1,4 @@
 /* Extents and checksums of image files of every shape. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>

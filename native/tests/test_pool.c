@@ -3,7 +3,6 @@
  * preadv2() and pwritev2() are defined here and stand before those of libc, so
  * that short and interrupted transfers come when a test wants them.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>

@@ -1,0 +1,88 @@
+/* Request: one READ, WRITE, FLUSH, TRIM or ZERO on its way through a volume.
+ *
+ *   gate? -> claim the range -> execute on the replicas -> hold? -> release
+ *   the range -> complete
+ *
+ * A request belongs to one queue; all its steps run in that queue's thread,
+ * except the blocking jobs it sends to the pool.
+ */
+#ifndef LHB_REQUEST_H
+#define LHB_REQUEST_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "lhb_io.h"
+#include "lhb_limits.h"
+#include "lhb_range.h"
+#include "lhb_store.h"
+#include "lhb_contract.h"
+
+/* Not for Python: call 'probe' in a worker with the range claimed for reading.
+ */
+#define LHB_OP_PROBE (LHB_OP_ZERO + 1)
+#define LHB_OP_COUNT (LHB_OP_PROBE + 1)
+
+struct lhb_volume;
+struct lhb_request;
+
+/* What one replica does for a request. */
+struct lhb_leg {
+  struct lhb_request *request;
+  struct lhb_io io;
+  struct lhb_job job;
+  struct lhb_sync_wait sync;
+  struct lhb_message synced;
+  uint32_t written_bytes;
+  int error;
+  bool used;
+};
+
+struct lhb_request {
+  /* Set by the owner. */
+  struct lhb_volume *volume;
+  struct lhb_queue *queue;
+  uint32_t op;                  /* LHB_OP_* */
+  uint32_t flags;               /* LHB_IO_* */
+  uint64_t offset_bytes;
+  uint64_t length_bytes;
+  /* READ and WRITE: whole blocks; the bytes of the request begin at
+   * offset_bytes % LHB_BLOCK_BYTES.  Block-aligned memory. */
+  char *buffer;
+  /* WRITE with a partial block at an end: room for two blocks, else NULL. */
+  char *edges;
+  void (*probe) (struct lhb_request *request);
+  void (*complete) (struct lhb_request *request);
+
+  /* Result. */
+  int error;                    /* 0 or -errno */
+
+  /* The request's own. */
+  uint64_t first_block;
+  uint32_t block_count;         /* READ and WRITE only */
+  uint32_t pending;             /* ios and jobs under way */
+  uint32_t tried_mask;          /* replicas a READ has tried */
+  uint32_t source;              /* index of the replica a READ uses */
+  uint64_t start_ns;
+  struct lhb_range_claim claim;
+  struct lhb_message message;
+  struct lhb_job job;           /* a READ or the edges of a WRITE, blocking */
+  struct lhb_request *next;     /* on the volume's lists */
+  struct lhb_leg legs[LHB_REQUEST_IOS_MAX];
+};
+
+_Static_assert (LHB_REQUEST_IOS_MAX >= LHB_STORES_MAX, "one leg a replica");
+
+/* Begin.  'complete' may be called before this returns. */
+void lhb_request_start (struct lhb_request *request);
+/* The gate opened, or the claim was granted, or the fence is up. */
+void lhb_request_resume_gated (struct lhb_message *message);
+void lhb_request_resume_held (struct lhb_message *message);
+
+static inline bool
+lhb_request_is_partial (uint64_t offset_bytes, uint64_t length_bytes)
+{
+  return ((offset_bytes | length_bytes) & (LHB_BLOCK_BYTES - 1)) != 0;
+}
+
+#endif

@@ -1,0 +1,121 @@
+/* Store: the layers of one replica directory and their block map. */
+#ifndef LHB_STORE_H
+#define LHB_STORE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "lhb_engine.h"
+#include "lhb_map.h"
+
+struct lhb_layer {
+  _Atomic int fd;               /* -1: the slot is free */
+  int discard_fd;               /* -1 until a discard is recorded or read */
+  uint64_t size_bytes;
+  char discard_name[LHB_NAME_BYTES_MAX];
+  _Atomic bool dirty;           /* has writes that no fdatasync covered */
+  bool in_map;
+};
+
+/* One waiter of a group commit; 'done' runs in a worker thread. */
+struct lhb_sync_wait {
+  struct lhb_sync_wait *next;
+  void (*done) (struct lhb_sync_wait *wait, int error);
+};
+
+struct lhb_store {
+  struct lhb_engine *engine;
+  uint64_t id;
+  int dir_fd;
+  uint32_t flags;               /* LHB_STORE_* */
+  uint64_t size_bytes;
+  struct lhb_map *map;
+  struct lhb_layer layers[LHB_MAP_HEAD];        /* by id; 0 is never used */
+  uint8_t head;                 /* id of the head; 0 in a read-only store */
+  uint8_t newest;               /* id of the layer added last */
+  uint8_t prepared;             /* id of a head made ready, else 0 */
+
+  pthread_mutex_t discard_lock; /* discard files: read-modify-write of bits */
+
+  /* Group commit: one fdatasync runs; those who ask meanwhile share the next.
+   */
+  pthread_mutex_t sync_lock;
+  struct lhb_job sync_job;
+  struct lhb_sync_wait *sync_running, *sync_waiting;
+  bool sync_active;
+  int sync_result;
+  /* An fdatasync failed: the kernel forgot dirty pages, so nothing written
+   * before can be promised any more.  Never cleared. */
+  _Atomic bool sync_failed;
+
+  _Atomic uint64_t slow_until_ns;       /* buffered writes avoid the queue */
+  _Atomic uint64_t outstanding_bytes;   /* reads at the driver */
+};
+
+static inline bool
+lhb_store_is_direct (const struct lhb_store *store)
+{
+  return (store->flags & LHB_STORE_DIRECT) != 0;
+}
+
+/* The file that holds a run found in the map. */
+static inline int
+lhb_store_run_fd (const struct lhb_store *store, uint8_t layer)
+{
+  uint8_t id = layer == LHB_MAP_HEAD ? store->head : layer;
+
+  return atomic_load_explicit (&store->layers[id].fd, memory_order_acquire);
+}
+
+/* Read whole blocks from the page cache only.  0; -EAGAIN when some block is
+ * not there (part of 'buffer' may be filled); -errno.  Never blocks. */
+int lhb_store_try_read (struct lhb_store *store, uint64_t block,
+                        uint32_t blocks, void *buffer);
+/* Read whole blocks.  Blocks the thread. */
+int lhb_store_read (struct lhb_store *store, uint64_t block, uint32_t blocks,
+                    void *buffer);
+/* Write whole blocks to the head, now, in this thread.  Returns the bytes
+ * written, fewer than asked only with an error in '*error_out'. */
+uint32_t lhb_store_write (struct lhb_store *store, uint64_t block,
+                          uint32_t blocks, const void *buffer, int rw_flags,
+                          int *error_out);
+/* Account for a finished write of the head: 'written_bytes' from 'block'. */
+void lhb_store_wrote (struct lhb_store *store, uint64_t block,
+                      uint64_t written_bytes);
+/* Make [offset, offset+length) read as zeros, any alignment; blocks the
+ * thread.  trim: give back space and leave holes with discard bits; else
+ * zeros that any reader of the format sees, as holes where nothing is below
+ * unless 'no_hole'. */
+int lhb_store_zero (struct lhb_store *store, uint64_t offset_bytes,
+                    uint64_t length_bytes, bool trim, bool no_hole);
+/* Start loading into the page cache; best effort. */
+void lhb_store_prefetch (struct lhb_store *store, uint64_t block,
+                         uint64_t blocks);
+/* Group-committed lhb_store_sync; 'wait->done' is always called. */
+void lhb_store_sync_async (struct lhb_store *store,
+                           struct lhb_sync_wait *wait);
+
+/* Layers, for merge.c. */
+struct lhb_layer *lhb_store_layer (struct lhb_store *store, int id);
+void lhb_store_forget_layer (struct lhb_store *store, int id);
+
+/* Discard bits of a layer (discard.c).  Set is durable when it returns. */
+int lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer,
+                      bool create);
+int lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
+                     uint64_t block, uint64_t blocks);
+/* The next run of set bits at or after 'block' and before 'end': 1 and the
+ * run, 0 when there is none, -errno. */
+int lhb_discard_next (struct lhb_store *store, struct lhb_layer *layer,
+                      uint64_t block, uint64_t end, uint64_t *first_out,
+                      uint64_t *blocks_out);
+/* 'target' gets exactly the bits of 'source'; returns 1 if that changed any.
+ * Durable. */
+int lhb_discard_copy (struct lhb_store *source_store,
+                      struct lhb_layer *source,
+                      struct lhb_store *target_store,
+                      struct lhb_layer *target);
+
+#endif

@@ -1,0 +1,268 @@
+/* Discard files: one bit a block, set where a layer discarded a block that an
+ * older layer may have.  Data in the layer wins over its bit, so bits are
+ * never cleared while the layer lives, and a bit that was set too early does
+ * no harm.  That is why the order is: bit durable first, hole punched after.
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "lhb_fault.h"
+#include "lhb_store.h"
+
+enum { WINDOW_BYTES = 4096 };   /* bits handled per read or write */
+
+static int
+read_window (int fd, uint64_t byte, uint8_t *window, size_t length)
+{
+  size_t got = 0;
+
+  while (got < length)
+    {
+      ssize_t r = pread (fd, window + got, length - got, (off_t) (byte + got));
+
+      if (r == -1 && errno == EINTR)
+        continue;
+      if (r == -1)
+        return -errno;
+      if (r == 0)
+        break;
+      got += (size_t) r;
+    }
+  memset (window + got, 0, length - got);       /* a short file is zeros */
+  return 0;
+}
+
+static int
+write_window (struct lhb_store *store, int fd, uint64_t byte,
+              const uint8_t *window, size_t length)
+{
+  size_t put = 0;
+  int err = lhb_fault (LHB_FAULT_STORE_DISCARD_WRITE, store->id);
+
+  if (err)
+    return err;
+  while (put < length)
+    {
+      ssize_t r = pwrite (fd, window + put, length - put, (off_t) (byte + put));
+
+      if (r == -1 && errno == EINTR)
+        continue;
+      if (r == -1)
+        return -errno;
+      put += (size_t) r;
+    }
+  return 0;
+}
+
+/* Open the layer's discard file if it exists, or make it.  A new file is
+ * durable in its directory when this returns. */
+int
+lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer,
+                  bool create)
+{
+  int flags = O_CLOEXEC | O_NOFOLLOW;
+  int fd;
+
+  if (layer->discard_fd >= 0)
+    return 0;
+  if (layer->discard_name[0] == '\0')
+    return create ? -EINVAL : -ENOENT;
+  flags |= store->flags & LHB_STORE_READ_ONLY ? O_RDONLY : O_RDWR;
+  fd = openat (store->dir_fd, layer->discard_name, flags);
+  if (fd == -1 && errno == ENOENT && create)
+    {
+      fd = openat (store->dir_fd, layer->discard_name,
+                   flags | O_CREAT | O_EXCL, 0644);
+      if (fd >= 0 && fsync (store->dir_fd) == -1)
+        {
+          int err = -errno;
+
+          close (fd);
+          return err;
+        }
+    }
+  if (fd == -1)
+    return -errno;
+  layer->discard_fd = fd;
+  return 0;
+}
+
+/* Set the bits first..last of a window; true if any was clear. */
+static bool
+set_bits (uint8_t *window, uint64_t first, uint64_t last)
+{
+  bool changed = false;
+  uint64_t bit = first;
+
+  while (bit <= last)
+    {
+      uint8_t *byte = &window[bit / 8];
+      uint8_t mask;
+
+      if (bit % 8 == 0 && last - bit >= 7)
+        {
+          mask = 0xff;
+          bit += 8;
+        }
+      else
+        {
+          mask = (uint8_t) (1u << (bit % 8));
+          bit++;
+        }
+      if ((*byte & mask) != mask)
+        {
+          *byte = (uint8_t) (*byte | mask);
+          changed = true;
+        }
+    }
+  return changed;
+}
+
+int
+lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
+                 uint64_t block, uint64_t blocks)
+{
+  uint8_t window[WINDOW_BYTES];
+  const uint64_t window_bits = (uint64_t) WINDOW_BYTES * 8;
+  uint64_t end = block + blocks;
+  bool changed = false;
+  int err;
+
+  pthread_mutex_lock (&store->discard_lock);
+  err = lhb_discard_open (store, layer, true);
+  while (err == 0 && block < end)
+    {
+      uint64_t base = block / window_bits * window_bits;
+      uint64_t stop = end < base + window_bits ? end : base + window_bits;
+      uint64_t first_byte = (block - base) / 8;
+      uint64_t last_byte = (stop - 1 - base) / 8;
+      size_t length = (size_t) (last_byte - first_byte + 1);
+
+      err = read_window (layer->discard_fd, base / 8 + first_byte,
+                         window + first_byte, length);
+      if (err == 0 && set_bits (window, block - base, stop - 1 - base))
+        {
+          err = write_window (store, layer->discard_fd, base / 8 + first_byte,
+                              window + first_byte, length);
+          changed = true;
+        }
+      block = stop;
+    }
+  if (err == 0 && changed && fdatasync (layer->discard_fd) == -1)
+    err = -errno;
+  pthread_mutex_unlock (&store->discard_lock);
+  return err;
+}
+
+int
+lhb_discard_next (struct lhb_store *store, struct lhb_layer *layer,
+                  uint64_t block, uint64_t end, uint64_t *first_out,
+                  uint64_t *blocks_out)
+{
+  uint8_t window[WINDOW_BYTES];
+  const uint64_t window_bits = (uint64_t) WINDOW_BYTES * 8;
+  uint64_t run_first = 0, run_blocks = 0;
+  struct stat st;
+  int err;
+
+  pthread_mutex_lock (&store->discard_lock);
+  err = lhb_discard_open (store, layer, false);
+  if (err == -ENOENT)
+    {
+      pthread_mutex_unlock (&store->discard_lock);
+      return 0;
+    }
+  if (err == 0 && fstat (layer->discard_fd, &st) == -1)
+    err = -errno;
+  if (err == 0 && (uint64_t) st.st_size * 8 < end)
+    end = (uint64_t) st.st_size * 8;
+  while (err == 0 && block < end)
+    {
+      uint64_t base = block / window_bits * window_bits;
+      uint64_t stop = end < base + window_bits ? end : base + window_bits;
+
+      err = read_window (layer->discard_fd, base / 8, window,
+                         (size_t) ((stop - base + 7) / 8));
+      while (err == 0 && block < stop)
+        {
+          uint64_t at = block - base;
+
+          if (run_blocks == 0 && at % 8 == 0 && window[at / 8] == 0)
+            {
+              block += 8;
+              continue;
+            }
+          if (window[at / 8] & (1u << (at % 8)))
+            {
+              if (run_blocks == 0)
+                run_first = block;
+              run_blocks++;
+            }
+          else if (run_blocks > 0)
+            goto out;
+          block++;
+        }
+    }
+out:
+  pthread_mutex_unlock (&store->discard_lock);
+  if (err)
+    return err;
+  *first_out = run_first;
+  *blocks_out = run_blocks;
+  return run_blocks > 0;
+}
+
+int
+lhb_discard_copy (struct lhb_store *source_store, struct lhb_layer *source,
+                  struct lhb_store *target_store, struct lhb_layer *target)
+{
+  uint8_t want[WINDOW_BYTES], have[WINDOW_BYTES];
+  struct stat source_st = { 0 }, target_st = { 0 };
+  int changed = 0, err;
+  off_t byte, size;
+
+  err = lhb_discard_open (source_store, source, false);
+  if (err && err != -ENOENT)
+    return err;
+  if (err == 0 && fstat (source->discard_fd, &source_st) == -1)
+    return -errno;
+  err = lhb_discard_open (target_store, target, source_st.st_size > 0);
+  if (err == -ENOENT)
+    return 0;
+  if (err)
+    return err;
+  if (fstat (target->discard_fd, &target_st) == -1)
+    return -errno;
+  size = source_st.st_size > target_st.st_size ? source_st.st_size
+                                               : target_st.st_size;
+  for (byte = 0; byte < size; byte += WINDOW_BYTES)
+    {
+      size_t length = (size_t) (size - byte < WINDOW_BYTES ? size - byte
+                                                           : WINDOW_BYTES);
+
+      memset (want, 0, sizeof want);
+      err = source->discard_fd < 0
+                ? 0
+                : read_window (source->discard_fd, (uint64_t) byte, want,
+                               length);
+      if (err == 0)
+        err = read_window (target->discard_fd, (uint64_t) byte, have, length);
+      if (err)
+        return err;
+      if (memcmp (want, have, length) == 0)
+        continue;
+      err = write_window (target_store, target->discard_fd, (uint64_t) byte,
+                          want, length);
+      if (err)
+        return err;
+      changed = 1;
+    }
+  if (changed && fdatasync (target->discard_fd) == -1)
+    return -errno;
+  return changed;
+}

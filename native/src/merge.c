@@ -1,0 +1,685 @@
+/* Merging a removed layer away, and making two layers equal.
+ *
+ * 'lower' is the removed layer and 'upper' its only child.  Two directions:
+ *
+ *   up    copy into 'upper' what it lacks.  Its content as a snapshot stays
+ *         the same at every instant, so any crash leaves a valid chain.
+ *   down  copy into 'lower' what 'upper' has.  Only 'upper' could show those
+ *         blocks of 'lower', and it hides them, so any crash leaves a valid
+ *         chain, too; at the end 'lower' takes the place of 'upper'.
+ *
+ * A block belongs to a layer if the layer's file has an extent there or its
+ * discard bit is set; data wins over the bit.
+ */
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "lhb_fault.h"
+#include "lhb_util.h"
+#include "lhb_volume.h"
+
+enum {
+  SLICE_BLOCKS = 256,           /* copied under one claim: 1 MiB */
+  EXTENTS_BATCH = 64,
+};
+
+typedef int64_t (*extent_visitor) (void *context, uint64_t block,
+                                   uint64_t blocks);
+
+/* Call 'visit' for the data of a file within a range.  Returns the sum of what
+ * it returned, or the first error. */
+static int64_t
+for_each_extent (int fd, uint64_t block, uint64_t end, extent_visitor visit,
+                 void *context)
+{
+  struct lhb_extent extents[EXTENTS_BATCH];
+  int64_t total = 0;
+  int count;
+
+  do
+    {
+      count = lhb_file_extents (fd, block << LHB_BLOCK_SHIFT, extents,
+                                EXTENTS_BATCH);
+      if (count < 0)
+        return count;
+      for (int i = 0; i < count; i++)
+        {
+          uint64_t first = extents[i].offset_bytes >> LHB_BLOCK_SHIFT;
+          uint64_t stop
+              = first + (extents[i].length_bytes >> LHB_BLOCK_SHIFT);
+          int64_t r;
+
+          if (first < block)
+            first = block;
+          if (first >= end)
+            return total;
+          if (stop > end)
+            stop = end;
+          if (first >= stop)
+            continue;
+          r = visit (context, first, stop - first);
+          if (r < 0)
+            return r;
+          total += r;
+          block = stop;
+        }
+    }
+  while (count == EXTENTS_BATCH && block < end);
+  return total;
+}
+
+static int
+transfer (int fd, char *buffer, uint64_t block, uint64_t blocks, bool writes)
+{
+  size_t length = (size_t) blocks << LHB_BLOCK_SHIFT, done = 0;
+  off_t offset = (off_t) (block << LHB_BLOCK_SHIFT);
+
+  while (done < length)
+    {
+      ssize_t r = writes ? pwrite (fd, buffer + done, length - done,
+                                   offset + (off_t) done)
+                         : pread (fd, buffer + done, length - done,
+                                  offset + (off_t) done);
+
+      if (r == -1 && errno == EINTR)
+        continue;
+      if (r == -1)
+        return -errno;
+      if (r == 0)
+        return -EIO;
+      done += (size_t) r;
+    }
+  return 0;
+}
+
+static int64_t
+copy_blocks (int from, int to, char *buffer, uint64_t block, uint64_t blocks)
+{
+  int64_t copied = 0;
+
+  while (blocks > 0)
+    {
+      uint64_t count = blocks < SLICE_BLOCKS ? blocks : SLICE_BLOCKS;
+      int err = lhb_fault (LHB_FAULT_MERGE_COPY, 0);
+
+      if (err == 0)
+        err = transfer (from, buffer, block, count, false);
+      if (err == 0)
+        err = transfer (to, buffer, block, count, true);
+      if (err)
+        return err;
+      copied += (int64_t) (count << LHB_BLOCK_SHIFT);
+      block += count;
+      blocks -= count;
+    }
+  return copied;
+}
+
+static int
+punch (int fd, uint64_t block, uint64_t blocks)
+{
+  if (blocks == 0)
+    return 0;
+  return fallocate (fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                    (off_t) (block << LHB_BLOCK_SHIFT),
+                    (off_t) (blocks << LHB_BLOCK_SHIFT))
+                 == -1
+             ? -errno
+             : 0;
+}
+
+static int
+sync_layer (struct lhb_layer *layer)
+{
+  atomic_store (&layer->dirty, false);
+  if (fdatasync (atomic_load (&layer->fd)) == 0)
+    return 0;
+  atomic_store (&layer->dirty, true);
+  return -errno;
+}
+
+/* What one merge call works with. */
+struct merge {
+  struct lhb_volume *volume;    /* NULL: nothing serves the store */
+  struct lhb_store *store;
+  struct lhb_layer *lower, *upper;
+  int lower_id, upper_id;
+  uint64_t block, end;          /* the range of this call */
+  char *buffer;                 /* SLICE_BLOCKS */
+};
+
+static int
+merge_begin (struct merge *merge, uint64_t offset_bytes, uint64_t length_bytes)
+{
+  uint64_t most;
+
+  merge->lower = lhb_store_layer (merge->store, merge->lower_id);
+  merge->upper = lhb_store_layer (merge->store, merge->upper_id);
+  if (merge->lower == NULL || merge->upper == NULL
+      || merge->lower_id == merge->upper_id
+      || merge->lower_id == merge->store->head)
+    return -EINVAL;
+  if ((offset_bytes | length_bytes) % LHB_BLOCK_BYTES != 0
+      || length_bytes > LHB_MERGE_STEP_BYTES)
+    return -EINVAL;
+  most = merge->lower->size_bytes > merge->upper->size_bytes
+             ? merge->lower->size_bytes
+             : merge->upper->size_bytes;
+  merge->block = offset_bytes >> LHB_BLOCK_SHIFT;
+  merge->end = (offset_bytes + length_bytes) >> LHB_BLOCK_SHIFT;
+  if (merge->end > most >> LHB_BLOCK_SHIFT)
+    merge->end = most >> LHB_BLOCK_SHIFT;
+  merge->buffer = aligned_alloc (LHB_BLOCK_BYTES,
+                                 SLICE_BLOCKS * LHB_BLOCK_BYTES);
+  return merge->buffer == NULL ? -ENOMEM : 0;
+}
+
+static void
+merge_end (struct merge *merge)
+{
+  free (merge->buffer);
+}
+
+/* OR the discard bits of one layer into another's. */
+static int
+merge_discards (struct merge *merge, struct lhb_layer *from,
+                struct lhb_layer *to)
+{
+  uint64_t block = merge->block, first, count;
+  int r;
+
+  while ((r = lhb_discard_next (merge->store, from, block, merge->end, &first,
+                                &count))
+         == 1)
+    {
+      r = lhb_discard_set (merge->store, to, first, count);
+      if (r)
+        return r;
+      block = first + count;
+    }
+  return r;
+}
+
+/* ---- Up. */
+
+/* The head lacks exactly the blocks that reads still take from 'lower'. */
+static int64_t
+fill_head (struct merge *merge, uint64_t block, uint64_t blocks)
+{
+  struct lhb_store *store = merge->store;
+  int64_t copied = 0;
+
+  while (blocks > 0)
+    {
+      struct lhb_run run
+          = lhb_map_lookup (store->map, block, (uint32_t) blocks);
+
+      if (run.layer == merge->lower_id)
+        {
+          int64_t r = copy_blocks (atomic_load (&merge->lower->fd),
+                                   atomic_load (&merge->upper->fd),
+                                   merge->buffer, block, run.blocks);
+
+          if (r < 0)
+            return r;
+          copied += r;
+        }
+      block += run.blocks;
+      blocks -= run.blocks;
+    }
+  return copied;
+}
+
+/* A frozen layer lacks what is neither in its file nor in its bits. */
+static int64_t
+fill_frozen (struct merge *merge, uint64_t block, uint64_t blocks)
+{
+  int upper_fd = atomic_load (&merge->upper->fd);
+  int lower_fd = atomic_load (&merge->lower->fd);
+  uint8_t has[SLICE_BLOCKS] = { 0 };
+  struct lhb_extent extents[EXTENTS_BATCH];
+  uint64_t at = block, first, count;
+  int64_t copied = 0;
+  int r;
+
+  assert (blocks <= SLICE_BLOCKS);
+  do
+    {
+      r = lhb_file_extents (upper_fd, at << LHB_BLOCK_SHIFT, extents,
+                            EXTENTS_BATCH);
+      for (int i = 0; i < r; i++)
+        {
+          first = extents[i].offset_bytes >> LHB_BLOCK_SHIFT;
+          at = first + (extents[i].length_bytes >> LHB_BLOCK_SHIFT);
+          for (uint64_t b = first < block ? block : first;
+               b < at && b < block + blocks; b++)
+            has[b - block] = 1;
+        }
+    }
+  while (r == EXTENTS_BATCH && at < block + blocks);
+  if (r < 0)
+    return r;
+  at = block;
+  while ((r = lhb_discard_next (merge->store, merge->upper, at,
+                                block + blocks, &first, &count))
+         == 1)
+    {
+      memset (has + (first - block), 1, (size_t) count);
+      at = first + count;
+    }
+  if (r < 0)
+    return r;
+  for (uint64_t i = 0; i < blocks; i += count)
+    {
+      int64_t c;
+
+      for (count = 1; i + count < blocks && has[i + count] == has[i];)
+        count++;
+      if (has[i])
+        continue;
+      c = copy_blocks (lower_fd, upper_fd, merge->buffer, block + i, count);
+      if (c < 0)
+        return c;
+      copied += c;
+    }
+  return copied;
+}
+
+/* Up to SLICE_BLOCKS blocks, with their range claimed if the volume serves:
+ * nobody reads 'lower' there while the map turns to 'upper'. */
+static int64_t
+fill_slice (struct merge *merge, uint64_t block, uint64_t blocks)
+{
+  struct lhb_store *store = merge->store;
+  bool is_head = merge->upper_id == store->head;
+  struct lhb_range_claim claim;
+  int64_t copied;
+  int err = 0;
+
+  if (merge->volume != NULL)
+    lhb_volume_claim (merge->volume, LHB_RANGE_WRITE, block, blocks, &claim);
+  copied = is_head ? fill_head (merge, block, blocks)
+                   : fill_frozen (merge, block, blocks);
+  if (copied >= 0 && merge->upper->in_map)
+    err = lhb_map_relabel (store->map, block, blocks,
+                           (uint8_t) merge->lower_id,
+                           is_head ? LHB_MAP_HEAD : (uint8_t) merge->upper_id);
+  if (copied > 0)
+    atomic_store (&merge->upper->dirty, true);
+  if (merge->volume != NULL)
+    lhb_range_release (merge->volume->ranges, &claim);
+  return err ? err : copied;
+}
+
+static int64_t
+fill_extent (void *context, uint64_t block, uint64_t blocks)
+{
+  struct merge *merge = context;
+  int64_t total = 0;
+
+  while (blocks > 0)
+    {
+      uint64_t count = blocks < SLICE_BLOCKS ? blocks : SLICE_BLOCKS;
+      int64_t r = fill_slice (merge, block, count);
+
+      if (r < 0)
+        return r;
+      total += r;
+      block += count;
+      blocks -= count;
+    }
+  return total;
+}
+
+static int
+grow_to (struct lhb_layer *layer, uint64_t size_bytes)
+{
+  if (layer->size_bytes >= size_bytes)
+    return 0;
+  if (ftruncate (atomic_load (&layer->fd), (off_t) size_bytes) == -1)
+    return -errno;
+  layer->size_bytes = size_bytes;
+  return 0;
+}
+
+int64_t
+lhb_merge_up (lhb_volume *volume, lhb_store *store, int lower, int upper,
+              uint64_t offset_bytes, uint64_t length_bytes)
+{
+  struct merge merge = { .volume = volume,
+                         .store = store,
+                         .lower_id = lower,
+                         .upper_id = upper };
+  int64_t copied;
+  int err = merge_begin (&merge, offset_bytes, length_bytes);
+
+  if (err)
+    return err;
+  copied = grow_to (merge.upper, merge.lower->size_bytes);
+  if (copied == 0)
+    copied = for_each_extent (atomic_load (&merge.lower->fd), merge.block,
+                              merge.end, fill_extent, &merge);
+  if (copied >= 0)
+    err = merge_discards (&merge, merge.lower, merge.upper);
+  /* Durable in 'upper' before it is freed in 'lower'. */
+  if (copied >= 0 && err == 0)
+    err = sync_layer (merge.upper);
+  if (copied >= 0 && err == 0 && merge.end > merge.block)
+    err = punch (atomic_load (&merge.lower->fd), merge.block,
+                 merge.end - merge.block);
+  merge_end (&merge);
+  return err ? err : copied;
+}
+
+/* ---- Down. */
+
+static int64_t
+copy_down (void *context, uint64_t block, uint64_t blocks)
+{
+  struct merge *merge = context;
+
+  return copy_blocks (atomic_load (&merge->upper->fd),
+                      atomic_load (&merge->lower->fd), merge->buffer, block,
+                      blocks);
+}
+
+/* Where 'upper' discarded a block, 'lower' must hold nothing.  Done before the
+ * copy, so that data which 'upper' wrote over its own discard comes back. */
+static int
+punch_discarded (struct merge *merge)
+{
+  uint64_t block = merge->block, first, count;
+  int r;
+
+  while ((r = lhb_discard_next (merge->store, merge->upper, block, merge->end,
+                                &first, &count))
+         == 1)
+    {
+      r = lhb_discard_set (merge->store, merge->lower, first, count);
+      if (r == 0)
+        r = punch (atomic_load (&merge->lower->fd), first, count);
+      if (r)
+        return r;
+      block = first + count;
+    }
+  return r;
+}
+
+int64_t
+lhb_merge_down (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
+                uint64_t length_bytes)
+{
+  struct merge merge
+      = { .store = store, .lower_id = lower, .upper_id = upper };
+  int64_t copied;
+  int err = upper == store->head
+                ? -EINVAL
+                : merge_begin (&merge, offset_bytes, length_bytes);
+
+  if (err)
+    return err;
+  copied = grow_to (merge.lower, merge.upper->size_bytes);
+  if (copied == 0)
+    copied = punch_discarded (&merge);
+  if (copied == 0)
+    copied = for_each_extent (atomic_load (&merge.upper->fd), merge.block,
+                              merge.end, copy_down, &merge);
+  atomic_store (&merge.lower->dirty, true);
+  merge_end (&merge);
+  return copied;
+}
+
+int
+lhb_merge_down_finish (lhb_store *store, int lower, int upper)
+{
+  struct lhb_layer *layer = lhb_store_layer (store, lower);
+
+  if (layer == NULL || lhb_store_layer (store, upper) == NULL)
+    return -EINVAL;
+  return sync_layer (layer);
+}
+
+/* ---- Prune. */
+
+static int64_t
+punch_hidden (void *context, uint64_t block, uint64_t blocks)
+{
+  struct merge *merge = context;
+  int fd = atomic_load (&merge->lower->fd);
+  struct stat before, after;
+
+  if (fstat (fd, &before) == -1)
+    return -errno;
+  if (punch (fd, block, blocks) != 0 || fstat (fd, &after) == -1)
+    return -errno;
+  return before.st_blocks > after.st_blocks
+             ? (before.st_blocks - after.st_blocks) * 512
+             : 0;
+}
+
+int64_t
+lhb_merge_prune (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
+                 uint64_t length_bytes)
+{
+  struct merge merge
+      = { .store = store, .lower_id = lower, .upper_id = upper };
+  int64_t freed;
+  int err = merge_begin (&merge, offset_bytes, length_bytes);
+
+  if (err)
+    return err;
+  /* What hides must be durable before what it hides goes.  Later writes of a
+   * serving head only add extents that were not there to be found. */
+  freed = sync_layer (merge.upper);
+  if (freed == 0)
+    freed = for_each_extent (atomic_load (&merge.upper->fd), merge.block,
+                             merge.end, punch_hidden, &merge);
+  merge_end (&merge);
+  return freed;
+}
+
+/* ---- The layer table. */
+
+/* No request that looked up the old files is left when this returns. */
+static void
+drain (lhb_volume *volume)
+{
+  if (volume == NULL)
+    return;
+  (void) lhb_volume_freeze (volume);
+  lhb_volume_thaw (volume);
+}
+
+int
+lhb_store_replace_layer (lhb_volume *volume, lhb_store *store, int lower,
+                         int upper)
+{
+  struct lhb_layer *from = lhb_store_layer (store, lower);
+  struct lhb_layer *to = lhb_store_layer (store, upper);
+  int err, fd, old_fd;
+
+  if (from == NULL || to == NULL || lower == upper || lower == store->head
+      || upper == store->head)
+    return -EINVAL;
+  fd = fcntl (atomic_load (&from->fd), F_DUPFD_CLOEXEC, 0);
+  if (fd == -1)
+    return -errno;
+  /* Both ids now lead to the merged file, which shows the same under both. */
+  old_fd = atomic_exchange (&to->fd, fd);
+  err = to->in_map
+            ? lhb_map_relabel (store->map, 0, lhb_map_blocks (store->map),
+                               (uint8_t) lower, (uint8_t) upper)
+            : 0;
+  drain (volume);
+  close (old_fd);
+  to->size_bytes = from->size_bytes;
+  if (atomic_load (&from->dirty))
+    atomic_store (&to->dirty, true);
+  pthread_mutex_lock (&store->discard_lock);
+  if (to->discard_fd >= 0)
+    close (to->discard_fd);
+  to->discard_fd = from->discard_fd;
+  from->discard_fd = -1;
+  pthread_mutex_unlock (&store->discard_lock);
+  if (err == 0)
+    lhb_store_forget_layer (store, lower);
+  return err;
+}
+
+int
+lhb_store_drop_layer (lhb_volume *volume, lhb_store *store, int lower)
+{
+  struct lhb_layer *layer = lhb_store_layer (store, lower);
+
+  if (layer == NULL || lower == store->head)
+    return -EINVAL;
+  if (layer->in_map)
+    drain (volume);
+  lhb_store_forget_layer (store, lower);
+  return 0;
+}
+
+/* ---- Reconcile. */
+
+struct reconcile {
+  int source_fd, target_fd;
+  char *want, *have;            /* SLICE_BLOCKS each */
+};
+
+static int64_t
+copy_if_different (struct reconcile *r, uint64_t block, uint64_t blocks)
+{
+  int64_t changed = 0;
+  int err = transfer (r->source_fd, r->want, block, blocks, false);
+
+  if (err == 0)
+    err = transfer (r->target_fd, r->have, block, blocks, false);
+  for (uint64_t i = 0; err == 0 && i < blocks; i++)
+    {
+      size_t at = (size_t) i << LHB_BLOCK_SHIFT;
+
+      if (memcmp (r->want + at, r->have + at, LHB_BLOCK_BYTES) == 0)
+        continue;
+      err = transfer (r->target_fd, r->want + at, block + i, 1, true);
+      changed += LHB_BLOCK_BYTES;
+    }
+  return err ? err : changed;
+}
+
+/* The blocks of an extent of the source: equal in the target, and extents
+ * there. */
+static int64_t
+match_extent (void *context, uint64_t block, uint64_t blocks)
+{
+  struct reconcile *r = context;
+  int64_t total = 0;
+
+  while (blocks > 0)
+    {
+      uint64_t count = blocks < SLICE_BLOCKS ? blocks : SLICE_BLOCKS;
+      int64_t changed = copy_if_different (r, block, count);
+
+      if (changed < 0)
+        return changed;
+      total += changed;
+      /* A hole that compared equal to zeros must become data.  Allocating a
+       * range that has data leaves it as it is. */
+      if (fallocate (r->target_fd, FALLOC_FL_KEEP_SIZE,
+                     (off_t) (block << LHB_BLOCK_SHIFT),
+                     (off_t) (count << LHB_BLOCK_SHIFT))
+          == -1)
+        return -errno;
+      block += count;
+      blocks -= count;
+    }
+  return total;
+}
+
+struct punch_gaps {
+  int source_fd, target_fd;
+};
+
+/* The part of a target extent that the source has not, goes. */
+static int64_t
+punch_surplus (void *context, uint64_t block, uint64_t blocks)
+{
+  struct punch_gaps *gaps = context;
+  uint64_t end = block + blocks;
+  struct lhb_extent extent;
+  int64_t punched = 0;
+
+  while (block < end)
+    {
+      int count = lhb_file_extents (gaps->source_fd, block << LHB_BLOCK_SHIFT,
+                                    &extent, 1);
+      uint64_t first = end, stop = end;
+      int err;
+
+      if (count < 0)
+        return count;
+      if (count == 1)
+        {
+          first = extent.offset_bytes >> LHB_BLOCK_SHIFT;
+          stop = first + (extent.length_bytes >> LHB_BLOCK_SHIFT);
+        }
+      if (first > end)
+        first = end;
+      if (first > block)
+        {
+          err = punch (gaps->target_fd, block, first - block);
+          if (err)
+            return err;
+          punched += (int64_t) ((first - block) << LHB_BLOCK_SHIFT);
+        }
+      block = stop > first ? stop : end;
+    }
+  return punched;
+}
+
+int64_t
+lhb_store_reconcile (lhb_store *source, int source_layer, lhb_store *target,
+                     int target_layer)
+{
+  struct lhb_layer *from = lhb_store_layer (source, source_layer);
+  struct lhb_layer *to = lhb_store_layer (target, target_layer);
+  struct reconcile r;
+  struct punch_gaps gaps;
+  uint64_t blocks;
+  int64_t changed, surplus = 0;
+  int bits = 0;
+
+  if (from == NULL || to == NULL || from->size_bytes != to->size_bytes)
+    return -EINVAL;
+  blocks = from->size_bytes >> LHB_BLOCK_SHIFT;
+  gaps.source_fd = r.source_fd = atomic_load (&from->fd);
+  gaps.target_fd = r.target_fd = atomic_load (&to->fd);
+  r.want = aligned_alloc (LHB_BLOCK_BYTES, SLICE_BLOCKS * LHB_BLOCK_BYTES);
+  r.have = aligned_alloc (LHB_BLOCK_BYTES, SLICE_BLOCKS * LHB_BLOCK_BYTES);
+  changed = r.want == NULL || r.have == NULL ? -ENOMEM : 0;
+  if (changed == 0)
+    changed = for_each_extent (r.source_fd, 0, blocks, match_extent, &r);
+  if (changed >= 0)
+    bits = lhb_discard_copy (source, from, target, to);
+  if (changed >= 0 && bits >= 0)
+    surplus = for_each_extent (gaps.target_fd, 0, blocks, punch_surplus,
+                               &gaps);
+  free (r.want);
+  free (r.have);
+  if (changed < 0)
+    return changed;
+  if (bits < 0)
+    return bits;
+  if (surplus < 0)
+    return surplus;
+  changed = changed + surplus + bits;
+  if (changed > 0 && sync_layer (to) != 0)
+    return -EIO;
+  return changed;
+}
