@@ -38,7 +38,7 @@ class Disk:
     removed: bool = False
     user_created: bool = False
     created: str = ""
-    labels: Mapping[str, str] = field(default=_NO_LABELS, hash=False)
+    labels: Mapping[str, str] = field(default_factory=lambda: _NO_LABELS, hash=False)
 
     @property
     def snapshot(self) -> str:
