@@ -1,0 +1,572 @@
+"""The only importer of the cffi module: typed wrappers over ``native/cdef.h``.
+
+Every wrapper owns its C handle: it closes it once and refuses use after that with
+:class:`ValueError`, because a stale handle is a bug of ours and never the user's. A negative
+return value becomes :class:`~lhblock.errors.NativeError` with the operation's name; whoever knows
+the volume or the replica adds that.
+
+The extension is loaded at the first use of a function, so that importing this module costs nothing
+in commands that never touch a volume. Functions whose docstring says *Blocking* release the GIL and
+may wait for I/O: call them from a worker thread, never from the trio thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+from lhblock.errors import NativeError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+# These mirror native/cdef.h, because a command like `volume ls` may want a bound without
+# loading the extension. _module() compares them when it loads it.
+BLOCK_BYTES = 4096
+LAYERS_MAX = 250
+STORES_MAX = 8
+MERGE_STEP_BYTES = 64 << 20
+
+STORE_DIRECT = 1
+STORE_READ_ONLY = 2
+VOLUME_READ_ONLY = 1
+IO_FUA = 1
+IO_NO_HOLE = 2
+NBD_STRUCTURED = 1
+NBD_BASE_ALLOCATION = 2
+NBD_READ_ONLY = 4
+
+EXTENTS_MAX = 1024  # descriptors fetched by one lhb_file_extents call
+STATUS_PAIRS_MAX = 1024
+
+
+class Driver(IntEnum):
+    """How the queues do disk I/O."""
+
+    AUTO = 0
+    URING = 1
+    POOL = 2
+
+
+class Op(IntEnum):
+    """Kinds of request of :meth:`NativeVolume.io`."""
+
+    READ = 0
+    WRITE = 1
+    FLUSH = 2
+    TRIM = 3
+    ZERO = 4
+
+
+class EventType(IntEnum):
+    """What the core has to say."""
+
+    STORE_FAILED = 1
+    CONNECTION_CLOSED = 2
+    OUT_OF_SPACE = 3
+
+
+class CloseReason(IntEnum):
+    """Why a connection ended."""
+
+    CLIENT = 0
+    EOF = 1
+    MID_REQUEST = 2
+    BAD_MAGIC = 3
+    TOO_LARGE = 4
+    SOCKET_ERROR = 5
+    READ_FAILED = 6
+    ASKED = 7
+
+
+@dataclass(frozen=True)
+class Event:
+    """One record of the event ring.
+
+    Attributes:
+      type: what happened.
+      error: an errno, or a :class:`CloseReason` for ``CONNECTION_CLOSED``.
+      volume_id: the volume it happened to.
+      subject_id: the store or the connection.
+      offset_bytes: where, if it concerns a range.
+      length_bytes: how much, if it concerns a range.
+    """
+
+    type: int
+    error: int
+    volume_id: int
+    subject_id: int
+    offset_bytes: int
+    length_bytes: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A data range of a file, in bytes, block aligned."""
+
+    offset_bytes: int
+    length_bytes: int
+
+
+@dataclass(frozen=True)
+class NativeStatistics:
+    """Totals of one volume since it was opened. See ``struct lhb_statistics``."""
+
+    reads: int
+    writes: int
+    flushes: int
+    trims: int
+    zeroes: int
+    read_bytes: int
+    write_bytes: int
+    trim_bytes: int
+    zero_bytes: int
+    read_ns: int
+    write_ns: int
+    flush_ns: int
+    errors: int
+    waits: int
+    inline_reads: int
+    driver_reads: int
+    inline_writes: int
+    driver_writes: int
+    in_flight: int
+    connections: int
+    map_bytes: int
+    freeze_ns_max: int
+
+
+_STATISTICS_FIELDS = tuple(NativeStatistics.__dataclass_fields__)
+
+
+@functools.cache
+def _module() -> Any:
+    module = importlib.import_module("lhblock._lhblock")
+    lib = module.lib
+    mirrored = {
+        "LHB_BLOCK_BYTES": BLOCK_BYTES,
+        "LHB_LAYERS_MAX": LAYERS_MAX,
+        "LHB_STORES_MAX": STORES_MAX,
+        "LHB_MERGE_STEP_BYTES": MERGE_STEP_BYTES,
+        "LHB_STORE_DIRECT": STORE_DIRECT,
+        "LHB_STORE_READ_ONLY": STORE_READ_ONLY,
+        "LHB_VOLUME_READ_ONLY": VOLUME_READ_ONLY,
+        "LHB_IO_FUA": IO_FUA,
+        "LHB_IO_NO_HOLE": IO_NO_HOLE,
+        "LHB_NBD_STRUCTURED": NBD_STRUCTURED,
+        "LHB_NBD_BASE_ALLOCATION": NBD_BASE_ALLOCATION,
+        "LHB_NBD_READ_ONLY": NBD_READ_ONLY,
+        **{f"LHB_DRIVER_{member.name}": member.value for member in Driver},
+        **{f"LHB_OP_{member.name}": member.value for member in Op},
+        **{f"LHB_EVENT_{member.name}": member.value for member in EventType},
+        **{f"LHB_CLOSE_{member.name}": member.value for member in CloseReason},
+    }
+    for name, value in mirrored.items():
+        native = getattr(lib, name)
+        if native != value:
+            raise ImportError(f"lhblock._lhblock was built from another source: {name} is {native}")
+    return module
+
+
+def _check(operation: str, result: int) -> int:
+    if result < 0:
+        raise NativeError(operation, -result)
+    return result
+
+
+def built_with_uring() -> bool:
+    """Whether the extension was compiled with liburing."""
+    return bool(_module().lib.lhb_built_with_uring())
+
+
+def probe_uring() -> int:
+    """Return 0 when io_uring works in this process, else the errno that says why not."""
+    return -int(_module().lib.lhb_probe_uring())
+
+
+def probe_fiemap(fd: int) -> int:
+    """Return 0 when the file system of ``fd`` tells extents, else the errno. Blocking."""
+    return -int(_module().lib.lhb_probe_fiemap(fd))
+
+
+def crc64(data: Buffer, crc: int = 0) -> int:
+    """CRC-64/ISO of ``data``, continuing from ``crc``."""
+    module = _module()
+    view = module.ffi.from_buffer(data)
+    return int(module.lib.lhb_crc64(crc, view, len(view)))
+
+
+def file_crc64(fd: int, offset_bytes: int, length_bytes: int, crc: int = 0) -> int:
+    """CRC-64/ISO of a range of a file, holes read as zeros. Blocking."""
+    module = _module()
+    running = module.ffi.new("uint64_t *", crc)
+    _check("checksum", module.lib.lhb_file_crc64(fd, offset_bytes, length_bytes, running))
+    return int(running[0])
+
+
+def file_extents(fd: int, offset_bytes: int = 0) -> list[Extent]:
+    """All data extents of a file at and after ``offset_bytes``, in order. Blocking.
+
+    Unwritten and delayed extents count as data. The number of extents is bounded by the size of
+    the file, which the caller knows.
+    """
+    module = _module()
+    batch = module.ffi.new("struct lhb_extent[]", EXTENTS_MAX)
+    extents: list[Extent] = []
+    while True:
+        count = _check(
+            "read extents", module.lib.lhb_file_extents(fd, offset_bytes, batch, EXTENTS_MAX)
+        )
+        extents += [Extent(batch[i].offset_bytes, batch[i].length_bytes) for i in range(count)]
+        if count < EXTENTS_MAX:
+            return extents
+        offset_bytes = extents[-1].offset_bytes + extents[-1].length_bytes
+
+
+def arm_fault(point: str, error: int, *, store_id: int = 0, skip: int = 0, times: int = 1) -> None:
+    """Let ``times`` passes of a fault point fail with ``error`` after ``skip`` good ones."""
+    result = _module().lib.lhb_fault_arm(point.encode(), error, store_id, skip, times)
+    _check(f"arm fault point {point}", result)
+
+
+def clear_faults() -> None:
+    """Disarm every fault point (tests)."""
+    _module().lib.lhb_fault_clear()
+
+
+class _Handle:
+    """One C object: closed once, refused after."""
+
+    def __init__(self, handle: Any) -> None:
+        self._raw: Any | None = handle
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._raw is None
+
+    @property
+    def raw(self) -> Any:
+        """The C pointer; :class:`ValueError` after close."""
+        if self._raw is None:
+            raise ValueError(f"{type(self).__name__} is closed")
+        return self._raw
+
+    def _take(self) -> Any | None:
+        raw, self._raw = self._raw, None
+        return raw
+
+    def close(self) -> None:
+        """Release the C object. Blocking. A second call does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class NativeEngine(_Handle):
+    """Queue threads, the worker pool and the event ring.
+
+    Args:
+      queues: queue threads, 1..64.
+      workers: worker pool threads at most, 1..64.
+      driver: forced or chosen by a probe.
+
+    Raises:
+      NativeError: the driver was forced and does not work, or threads cannot be had.
+    """
+
+    def __init__(self, *, queues: int, workers: int, driver: Driver) -> None:
+        module = _module()
+        self._lib = module.lib
+        options = module.ffi.new("struct lhb_engine_options *")
+        options.queues = queues
+        options.workers_max = workers
+        options.driver = int(driver)
+        out = module.ffi.new("lhb_engine **")
+        _check("start the I/O engine", module.lib.lhb_engine_open(options, out))
+        self._event = module.ffi.new("struct lhb_event *")
+        super().__init__(out[0])
+
+    @property
+    def driver(self) -> Driver:
+        """What is in use: ``URING`` or ``POOL``."""
+        return Driver(self._lib.lhb_engine_driver(self.raw))
+
+    @property
+    def event_fd(self) -> int:
+        """Readable while the ring may hold events. The engine owns it."""
+        return int(self._lib.lhb_engine_event_fd(self.raw))
+
+    def next_event(self) -> Event | None:
+        """Take the oldest event, or ``None``. Clear the event fd before, so no wake-up is lost."""
+        event = self._event
+        if _check("read events", self._lib.lhb_engine_next_event(self.raw, event)) == 0:
+            return None
+        return Event(
+            event.type,
+            event.error,
+            event.volume_id,
+            event.subject_id,
+            event.offset_bytes,
+            event.length_bytes,
+        )
+
+    def close(self) -> None:
+        """Stop all threads. Blocking. Every volume and store was closed before."""
+        raw = self._take()
+        if raw is not None:
+            self._lib.lhb_engine_close(raw)
+
+
+class NativeStore(_Handle):
+    """One replica directory opened for sector I/O.
+
+    Args:
+      engine: outlives the store.
+      dir_fd: the directory; duplicated.
+      size_bytes: of the volume.
+      flags: ``STORE_DIRECT``, ``STORE_READ_ONLY``.
+    """
+
+    def __init__(self, engine: NativeEngine, dir_fd: int, size_bytes: int, flags: int) -> None:
+        module = _module()
+        self._lib = module.lib
+        out = module.ffi.new("lhb_store **")
+        result = module.lib.lhb_store_open(engine.raw, dir_fd, size_bytes, flags, out)
+        _check("open the store", result)
+        super().__init__(out[0])
+        self.id = int(self._lib.lhb_store_id(out[0]))
+
+    def close(self) -> None:
+        """Release files and the block map. No volume publishes the store any more."""
+        raw = self._take()
+        if raw is not None:
+            self._lib.lhb_store_close(raw)
+
+    def add_layer(self, image: str, discard: str) -> int:
+        """Add the next newer layer and return its id. Blocking: reads the extent map."""
+        result = self._lib.lhb_store_add_layer(self.raw, image.encode(), discard.encode())
+        return _check(f"open layer {image}", result)
+
+    def add_side_layer(self, image: str, discard: str) -> int:
+        """Add a layer outside the live chain, to merge there; return its id. Blocking."""
+        result = self._lib.lhb_store_add_side_layer(self.raw, image.encode(), discard.encode())
+        return _check(f"open layer {image}", result)
+
+    def start(self) -> None:
+        """The chain is complete; the newest layer is the head unless the store is read-only."""
+        _check("start the store", self._lib.lhb_store_start(self.raw))
+
+    def prepare_head(self, image: str, discard: str) -> None:
+        """Open the next head while I/O goes on. Blocking."""
+        result = self._lib.lhb_store_prepare_head(self.raw, image.encode(), discard.encode())
+        _check(f"open head {image}", result)
+
+    def abandon_head(self) -> None:
+        """Forget what :meth:`prepare_head` opened."""
+        self._lib.lhb_store_abandon_head(self.raw)
+
+    def commit_head(self, size_bytes: int) -> int:
+        """Make the prepared file the head. The volume is frozen. Returns the new layer's id."""
+        result = self._lib.lhb_store_commit_head(self.raw, size_bytes)
+        return _check("switch the head", result)
+
+    def rename_discard(self, layer: int, discard: str) -> None:
+        """Tell where a layer's discard file is, or would be made, from now on."""
+        result = self._lib.lhb_store_rename_discard(self.raw, layer, discard.encode())
+        _check("rename a discard file", result)
+
+    def sync(self) -> None:
+        """fdatasync whatever is not on stable storage. Blocking."""
+        _check("sync the store", self._lib.lhb_store_sync(self.raw))
+
+    @property
+    def map_bytes(self) -> int:
+        """Memory of the block map."""
+        return int(self._lib.lhb_store_map_bytes(self.raw))
+
+    def merge_up(
+        self,
+        volume: NativeVolume | None,
+        lower: int,
+        upper: int,
+        offset_bytes: int,
+        length_bytes: int,
+    ) -> int:
+        """Move what ``upper`` lacks from ``lower`` into it. Blocking. Returns bytes copied."""
+        result = self._lib.lhb_merge_up(
+            _raw_or_null(volume), self.raw, lower, upper, offset_bytes, length_bytes
+        )
+        return _check("merge into the newer layer", result)
+
+    def merge_down(self, lower: int, upper: int, offset_bytes: int, length_bytes: int) -> int:
+        """Copy what ``upper`` has into ``lower``. Blocking. Returns bytes copied."""
+        result = self._lib.lhb_merge_down(self.raw, lower, upper, offset_bytes, length_bytes)
+        return _check("merge into the older layer", result)
+
+    def merge_down_finish(self, lower: int, upper: int) -> None:
+        """Make everything :meth:`merge_down` copied durable. Blocking."""
+        result = self._lib.lhb_merge_down_finish(self.raw, lower, upper)
+        _check("finish a merge into the older layer", result)
+
+    def merge_prune(self, lower: int, upper: int, offset_bytes: int, length_bytes: int) -> int:
+        """Free in ``lower`` what ``upper`` hides. Blocking. Returns bytes freed."""
+        result = self._lib.lhb_merge_prune(self.raw, lower, upper, offset_bytes, length_bytes)
+        return _check("free hidden blocks", result)
+
+    def replace_layer(self, volume: NativeVolume | None, lower: int, upper: int) -> None:
+        """After a merge down: ``upper`` is read from ``lower``'s file; ``lower`` is forgotten."""
+        result = self._lib.lhb_store_replace_layer(_raw_or_null(volume), self.raw, lower, upper)
+        _check("replace a merged layer", result)
+
+    def drop_layer(self, volume: NativeVolume | None, lower: int) -> None:
+        """Forget a layer from which nothing is read any more. Blocking."""
+        result = self._lib.lhb_store_drop_layer(_raw_or_null(volume), self.raw, lower)
+        _check("drop a merged layer", result)
+
+    def reconcile_layer(self, layer: int, source: NativeStore, source_layer: int) -> int:
+        """Make a layer equal to one of ``source``. Neither serves. Blocking.
+
+        Returns:
+          Bytes changed; when that is not 0 the block map is out of date: close and reopen.
+        """
+        result = self._lib.lhb_store_reconcile(source.raw, source_layer, self.raw, layer)
+        return _check("reconcile replicas", result)
+
+
+class NativeVolume(_Handle):
+    """A replica set behind one range table.
+
+    Args:
+      engine: outlives the volume.
+      size_bytes: a multiple of ``BLOCK_BYTES``.
+      flags: ``VOLUME_READ_ONLY``.
+    """
+
+    def __init__(self, engine: NativeEngine, size_bytes: int, flags: int) -> None:
+        module = _module()
+        self._lib = module.lib
+        self._ffi = module.ffi
+        out = module.ffi.new("lhb_volume **")
+        result = module.lib.lhb_volume_open(engine.raw, size_bytes, flags, out)
+        _check("open the volume", result)
+        super().__init__(out[0])
+        self.id = int(self._lib.lhb_volume_id(out[0]))
+
+    def close(self) -> None:
+        """Close the connections and wait for what is in flight. Blocking. Stores stay open."""
+        raw = self._take()
+        if raw is not None:
+            self._lib.lhb_volume_close(raw)
+
+    def publish(self, stores: Sequence[NativeStore]) -> None:
+        """Set the stores, all readable and writable. Before the first request, or frozen."""
+        array = self._ffi.new("lhb_store *[]", [store.raw for store in stores])
+        result = self._lib.lhb_volume_publish(self.raw, array, len(stores))
+        _check("publish the replica set", result)
+
+    def freeze(self) -> None:
+        """Wait for all I/O in flight and keep new I/O waiting. Blocking."""
+        _check("freeze I/O", self._lib.lhb_volume_freeze(self.raw))
+
+    def thaw(self) -> None:
+        """Let I/O go on."""
+        self._lib.lhb_volume_thaw(self.raw)
+
+    def resize(self, size_bytes: int) -> None:
+        """Set the size. The volume is frozen."""
+        _check("resize the volume", self._lib.lhb_volume_resize(self.raw, size_bytes))
+
+    @property
+    def size_bytes(self) -> int:
+        """What connections are told."""
+        return int(self._lib.lhb_volume_size_bytes(self.raw))
+
+    def gate_flushes(self, shut: bool) -> None:
+        """While shut, FLUSH and FUA wait."""
+        self._lib.lhb_volume_gate_flushes(self.raw, int(shut))
+
+    def fenced(self, store_id: int) -> None:
+        """The failed store is named stale on stable storage: release what waits for that."""
+        _check("release fenced requests", self._lib.lhb_volume_fenced(self.raw, store_id))
+
+    def read(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Read through the same path as NBD, any alignment. Blocking."""
+        buffer = bytearray(length_bytes)
+        self._io(Op.READ, 0, offset_bytes, length_bytes, self._ffi.from_buffer(buffer))
+        return bytes(buffer)
+
+    def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write through the same path as NBD, any alignment. Blocking."""
+        view = self._ffi.from_buffer(data)
+        self._io(Op.WRITE, IO_FUA if fua else 0, offset_bytes, len(view), view)
+
+    def flush(self) -> None:
+        """Put every completed write on stable storage. Blocking."""
+        self._io(Op.FLUSH, 0, 0, 0, self._ffi.NULL)
+
+    def trim(self, offset_bytes: int, length_bytes: int, *, fua: bool = False) -> None:
+        """Discard a range; it reads as zeros afterwards. Blocking."""
+        flags = IO_FUA if fua else 0
+        self._io(Op.TRIM, flags, offset_bytes, length_bytes, self._ffi.NULL)
+
+    def zero(
+        self, offset_bytes: int, length_bytes: int, *, no_hole: bool = False, fua: bool = False
+    ) -> None:
+        """Write zeros, by a hole where that is allowed. Blocking."""
+        flags = (IO_NO_HOLE if no_hole else 0) | (IO_FUA if fua else 0)
+        self._io(Op.ZERO, flags, offset_bytes, length_bytes, self._ffi.NULL)
+
+    def _io(self, op: Op, flags: int, offset_bytes: int, length_bytes: int, data: Any) -> None:
+        result = self._lib.lhb_volume_io(self.raw, int(op), flags, offset_bytes, length_bytes, data)
+        where = "" if op is Op.FLUSH else f" of {length_bytes} bytes at {offset_bytes}"
+        _check(f"{op.name.lower()}{where}", result)
+
+    def block_status(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
+        """(length in bytes, NBD state flags) pairs from ``offset_bytes`` on; may stop early."""
+        pairs = self._ffi.new("uint32_t[]", 2 * STATUS_PAIRS_MAX)
+        count = _check(
+            "read block status",
+            self._lib.lhb_volume_block_status(
+                self.raw, offset_bytes, length_bytes, pairs, STATUS_PAIRS_MAX
+            ),
+        )
+        return [(pairs[2 * i], pairs[2 * i + 1]) for i in range(count)]
+
+    def statistics(self) -> NativeStatistics:
+        """Totals since the volume was opened."""
+        raw = self._ffi.new("struct lhb_statistics *")
+        self._lib.lhb_volume_statistics(self.raw, raw)
+        return NativeStatistics(*(int(getattr(raw, name)) for name in _STATISTICS_FIELDS))
+
+    def close_connection(self, connection_id: int) -> None:
+        """Ask a connection to end; its event follows. ``NativeError`` if it ended already."""
+        result = self._lib.lhb_connection_close(self.raw, connection_id)
+        _check("close a connection", result)
+
+    def attach(self, socket_fd: int, flags: int, base_allocation_id: int) -> int:
+        """Hand over a socket past its handshake; returns the connection id.
+
+        On success the socket belongs to the core. On failure it is still the caller's.
+        """
+        out = self._ffi.new("uint64_t *")
+        result = self._lib.lhb_nbd_attach(self.raw, socket_fd, flags, base_allocation_id, out)
+        _check("attach a connection", result)
+        return int(out[0])
+
+
+def _raw_or_null(volume: NativeVolume | None) -> Any:
+    return _module().ffi.NULL if volume is None else volume.raw

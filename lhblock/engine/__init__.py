@@ -1,0 +1,46 @@
+"""Volumes: replica sets, snapshots, merges, recovery, fences, views and statistics.
+
+Nothing here knows of sockets being listened on or of text for terminals.
+"""
+
+from __future__ import annotations
+
+from lhblock._native import CloseReason
+from lhblock.engine._config import CacheMode, DriverChoice, EngineOptions, VolumeConfig
+from lhblock.engine._device import Connection, Device
+from lhblock.engine._engine import Engine, open_engine
+from lhblock.engine._info import (
+    JobInfo,
+    ReplicaInfo,
+    ScrubMismatch,
+    ScrubReport,
+    SnapshotInfo,
+)
+from lhblock.engine._limits import SnapshotLimits
+from lhblock.engine._opening import create_replicas
+from lhblock.engine._statistics import VolumeMetrics, VolumeStatistics
+from lhblock.engine._views import SnapshotView
+from lhblock.engine._volume import Volume
+
+__all__ = [
+    "CacheMode",
+    "CloseReason",
+    "Connection",
+    "Device",
+    "DriverChoice",
+    "Engine",
+    "EngineOptions",
+    "JobInfo",
+    "ReplicaInfo",
+    "ScrubMismatch",
+    "ScrubReport",
+    "SnapshotInfo",
+    "SnapshotLimits",
+    "SnapshotView",
+    "Volume",
+    "VolumeConfig",
+    "VolumeMetrics",
+    "VolumeStatistics",
+    "create_replicas",
+    "open_engine",
+]

@@ -1,0 +1,115 @@
+"""What a caller says about an engine and a volume before they are opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from lhblock._native import BLOCK_BYTES, STORES_MAX
+from lhblock.engine._limits import SnapshotLimits
+from lhblock.errors import SizeError, UsageError
+
+DriverChoice: TypeAlias = Literal["auto", "io_uring", "pool"]
+CacheMode: TypeAlias = Literal["writeback", "none"]
+
+QUEUES_MAX = 64
+WORKERS_MAX = 64
+SIZE_BYTES_MAX = 1 << 50  # beyond this a file offset times a few factors gets close to 2**63
+
+_VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a process does its disk I/O.
+
+    Attributes:
+      queues: queue threads, 1..64. Connections are spread over them.
+      workers: threads at most for I/O that would stall a queue, 1..64.
+      driver: ``auto`` takes io_uring where a probe says that it works.
+
+    Raises:
+      UsageError: a value is out of range.
+    """
+
+    queues: int = 2
+    workers: int = 16
+    driver: DriverChoice = "auto"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.queues <= QUEUES_MAX:
+            raise UsageError(f"{self.queues} queues: choose 1 to {QUEUES_MAX}")
+        if not 1 <= self.workers <= WORKERS_MAX:
+            raise UsageError(f"{self.workers} workers: choose 1 to {WORKERS_MAX}")
+        if self.driver not in ("auto", "io_uring", "pool"):
+            raise UsageError(f"driver {self.driver!r}: choose auto, io_uring or pool")
+
+
+@dataclass(frozen=True)
+class VolumeConfig:
+    """A volume to open.
+
+    Attributes:
+      name: for messages and events; 1 to 64 of letters, digits, ``.``, ``_``, ``-``.
+      replicas: 1 to 8 replica directories, which exist.
+      size_bytes: what the caller expects, or None to take what the replicas say.
+      cache: ``writeback`` uses the page cache; ``none`` opens files with O_DIRECT.
+      read_only: opens directories with a shared lock and writes nothing, metadata included.
+      limits: of the snapshots.
+
+    Raises:
+      UsageError: a value that cannot be.
+    """
+
+    name: str
+    replicas: Sequence[Path]
+    size_bytes: int | None = None
+    cache: CacheMode = "writeback"
+    read_only: bool = False
+    limits: SnapshotLimits = field(default_factory=SnapshotLimits)
+
+    def __post_init__(self) -> None:
+        check_volume_name(self.name)
+        if not 1 <= len(self.replicas) <= STORES_MAX:
+            raise UsageError(
+                f"volume {self.name}: {len(self.replicas)} replicas; give 1 to {STORES_MAX}"
+            )
+        if self.cache not in ("writeback", "none"):
+            raise UsageError(f"cache mode {self.cache!r}: choose writeback or none")
+        seen: set[Path] = set()
+        for path in self.replicas:
+            if path.absolute() in seen:
+                raise UsageError(f"volume {self.name}: replica {path} is given twice")
+            seen.add(path.absolute())
+        if self.size_bytes is not None:
+            check_size(self.name, self.size_bytes)
+
+
+def check_volume_name(name: str) -> None:
+    """Refuse a name that could not be an export name, a file name and a word in a message.
+
+    Raises:
+      UsageError: with the rule.
+    """
+    if not _VOLUME_NAME.fullmatch(name):
+        raise UsageError(
+            f"volume name {name!r}: use 1 to 64 letters, digits, '.', '_' or '-', "
+            "beginning with a letter or digit"
+        )
+
+
+def check_size(volume: str, size_bytes: int) -> None:
+    """Refuse a size that no volume can have.
+
+    Raises:
+      SizeError: with the bounds.
+    """
+    if size_bytes % BLOCK_BYTES != 0:
+        raise SizeError(volume, f"size {size_bytes} is not a multiple of {BLOCK_BYTES} bytes")
+    if not BLOCK_BYTES <= size_bytes <= SIZE_BYTES_MAX:
+        raise SizeError(
+            volume, f"size {size_bytes} is not between {BLOCK_BYTES} and {SIZE_BYTES_MAX} bytes"
+        )

@@ -1,0 +1,24 @@
+"""New generations for the members of an open volume."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from lhblock.engine._clock import utc_now
+from lhblock.engine._member import Member
+from lhblock.replica import Generation, supersede
+
+
+def leave_behind(
+    survivors: Sequence[Member], left: Collection[str], reason: str
+) -> dict[Member, Generation]:
+    """The generation that each survivor has to make durable before ``left`` counts as stale.
+
+    Args:
+      survivors: members that go on; all hold the same generation.
+      left: replica ids.
+      reason: kept in the history, for people.
+    """
+    present = [member.generation for member in survivors]
+    made = supersede(present, left=left, reason=reason, time=utc_now())
+    return dict(zip(survivors, made, strict=True))

@@ -1,0 +1,365 @@
+"""Opening the replicas of a volume: whom to believe, what to repair, and what to write down first.
+
+The order matters and is explained in docs/internals/recovery.md: lock and clean every directory;
+choose the newest generation; make the trees agree; make the data of heads agree if a crash may have
+torn them; record who is missing; only then serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+import trio
+
+from lhblock._native import (
+    STORE_DIRECT,
+    STORE_READ_ONLY,
+    NativeEngine,
+    probe_fiemap,
+)
+from lhblock.engine._agreement import agree
+from lhblock.engine._clock import utc_now
+from lhblock.engine._config import VolumeConfig, check_size
+from lhblock.engine._generations import leave_behind
+from lhblock.engine._member import Member, MemberState, sentence
+from lhblock.engine._merge import merge_all_below
+from lhblock.engine._threads import run_metadata
+from lhblock.errors import (
+    LhblockError,
+    ReplicaError,
+    ReplicaLocked,
+    SizeError,
+    VolumeBusy,
+    VolumeFaulted,
+)
+from lhblock.replica import Generation, ReplicaDirectory, choose, new_set
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+def _probe(fd: int) -> int:
+    return -probe_fiemap(fd)
+
+
+async def create_replicas(volume: str, paths: Sequence[Path], size_bytes: int) -> None:
+    """Make the replica directories of a new volume, all of them or none.
+
+    Args:
+      volume: its name, for messages.
+      paths: directories that do not exist or are empty; their parents exist.
+      size_bytes: of the volume.
+
+    Raises:
+      SizeError: the size cannot be.
+      ReplicaError: a directory could not be made; those already made are removed again.
+
+    Cancelled: carried through, like an error, by removing what was made.
+    """
+    check_size(volume, size_bytes)
+    generations = new_set(len(paths), time=utc_now())
+
+    def create() -> None:
+        made: list[Path] = []
+        try:
+            for path, generation in zip(paths, generations, strict=True):
+                ReplicaDirectory.create(
+                    path, size_bytes=size_bytes, generation=generation, probe=_probe
+                )
+                made.append(path)
+        except LhblockError:
+            for path in made:
+                _remove_new(path)
+            raise
+
+    await run_metadata(create)
+
+
+def _remove_new(path: Path) -> None:
+    # The directory was made a moment ago and nobody was told of it.
+    for entry in list(path.iterdir()):
+        if entry.name.startswith(("lhblock.", "volume")):
+            entry.unlink(missing_ok=True)
+    try:
+        path.rmdir()
+    except OSError as error:
+        log.warning("a new replica directory stays", replica=str(path), reason=str(error))
+
+
+class Opening:
+    """One attempt to open a volume's replicas.
+
+    Args:
+      config: the volume.
+      engine: the C engine.
+    """
+
+    def __init__(self, config: VolumeConfig, engine: NativeEngine) -> None:
+        self._config = config
+        self._engine = engine
+        self.members: list[Member] = []
+
+    @property
+    def store_flags(self) -> int:
+        """How stores are opened."""
+        flags = STORE_DIRECT if self._config.cache == "none" else 0
+        return flags | (STORE_READ_ONLY if self._config.read_only else 0)
+
+    @property
+    def _usable(self) -> list[Member]:
+        return [member for member in self.members if member.state is MemberState.USABLE]
+
+    async def open(self) -> list[Member]:
+        """Open everything; the members come back in configured order, usable ones with stores.
+
+        Raises:
+          VolumeFaulted: no replica is usable.
+          VolumeBusy: a replica is open elsewhere.
+          SizeError: the replicas have another size than was asked for.
+          ReplicaError: the replicas contradict each other and the user has to choose.
+
+        Cancelled: not while something is being changed; everything is closed again.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):
+            try:
+                await self._open_directories()
+                written = await self._choose()
+                await self._agree(written)
+                if not self._config.read_only:
+                    await self._record_missing()
+            except BaseException:
+                await self.abandon()
+                raise
+        return self.members
+
+    async def abandon(self) -> None:
+        """Close everything, leaving dirty what was dirty."""
+
+        def close(member: Member) -> None:
+            member.close(clean=not member.directory.was_dirty)
+
+        for member in self.members:
+            if member.opened:
+                try:
+                    await run_metadata(close, member)
+                except ReplicaError as error:
+                    log.warning("close", replica=str(member.path), reason=error.sentence)
+
+    async def _open_directories(self) -> None:
+        opened: dict[Path, Member] = {}
+        errors: list[ReplicaError] = []
+        read_only = self._config.read_only
+
+        async def open_one(path: Path) -> None:
+            def open_directory() -> ReplicaDirectory:
+                return ReplicaDirectory.open(path, read_only=read_only, probe=_probe)
+
+            try:
+                opened[path] = Member(path, await run_metadata(open_directory))
+            except ReplicaError as error:
+                errors.append(error)
+                opened[path] = Member(path, None, error.sentence)
+
+        async with trio.open_nursery() as nursery:
+            for path in self._config.replicas:
+                nursery.start_soon(open_one, path)
+        self.members = [opened[path] for path in self._config.replicas]
+        for error in errors:
+            if isinstance(error, ReplicaLocked):
+                raise VolumeBusy(self._config.name, str(error)) from error
+        self._require_some()
+        for member in self.members:
+            if not member.opened:
+                self._tell_left(member)
+                continue
+            for cleaned in member.directory.cleaned:
+                log.info("cleaned up", replica=str(member.path), what=cleaned)
+
+    def _require_some(self) -> None:
+        if not self._usable:
+            reasons = "; ".join(f"{member.path}: {member.error}" for member in self.members)
+            raise VolumeFaulted(self._config.name, f"no replica is usable: {reasons}")
+
+    def _tell_left(self, member: Member) -> None:
+        log.error(
+            "replica left out",
+            volume=self._config.name,
+            replica=str(member.path),
+            reason=member.error,
+        )
+
+    async def _leave(self, member: Member, reason: str) -> None:
+        def leave() -> None:
+            member.leave(reason)
+
+        try:
+            await run_metadata(leave)
+        except ReplicaError as error:
+            log.warning("close", replica=str(member.path), reason=error.sentence)
+        self._tell_left(member)
+
+    async def _choose(self) -> bool:
+        """Leave stale replicas out. Returns whether data may differ although nobody crashed."""
+        candidates = self._usable
+        choice = choose([member.directory for member in candidates])
+        lagging = [candidates[index] for index in choice.lagging]
+        newest = [candidates[index] for index in choice.newest]
+        for stale in choice.stale:
+            await self._leave(candidates[stale.index], f"is stale: {stale.reason}")
+        # The newest come first, because the first one is the source where data differs.
+        self._order = newest + lagging
+        written = [member for member in self._order if member.directory.written_elsewhere]
+        for member in written:
+            log.warning(
+                "written by another program",
+                replica=str(member.path),
+                reason=member.directory.written_elsewhere,
+            )
+        if self._config.read_only:
+            for member in lagging:
+                await self._leave(member, "lags behind a fence; open the volume for writing once")
+        elif newest[0].directory.generation is None:
+            generations = new_set(len(newest), time=utc_now())
+            for member, generation in zip(newest, generations, strict=True):
+                await run_metadata(member.directory.write_generation, generation)
+        return bool(written or lagging)
+
+    async def _agree(self, written: bool) -> None:
+        usable = [member for member in self._order if member.state is MemberState.USABLE]
+        torn = written or any(member.directory.was_dirty for member in usable)
+        if self._config.read_only:
+            if torn:
+                for member in usable[1:]:
+                    await self._leave(
+                        member,
+                        "may differ from the first after a crash and cannot be repaired read-only",
+                    )
+            source = usable[0]
+        else:
+            source, others = await run_metadata(agree, self._config.name, usable)
+            for member in others:
+                await self._leave(member, "holds other snapshots than the majority")
+        self._check_size(source)
+        await self._each(lambda member: member.open_store(self._engine, self.store_flags))
+        if torn and not self._config.read_only:
+            await self._make_equal(source)
+
+    def _check_size(self, source: Member) -> None:
+        size_bytes = source.directory.size_bytes
+        wanted_bytes = self._config.size_bytes
+        if wanted_bytes is not None and wanted_bytes != size_bytes:
+            raise SizeError(
+                self._config.name,
+                f"it has {size_bytes} bytes, not {wanted_bytes}; expand it, or leave the size out",
+            )
+
+    async def _each(self, function: Callable[[Member], T]) -> dict[Member, T]:
+        """Run something on every usable member; leave those out that fail."""
+        results: dict[Member, T] = {}
+        errors: dict[Member, Exception] = {}
+
+        async def run(member: Member) -> None:
+            try:
+                results[member] = await run_metadata(function, member)
+            except (LhblockError, OSError) as error:
+                errors[member] = error
+
+        async with trio.open_nursery() as nursery:
+            for member in self._usable:
+                nursery.start_soon(run, member)
+        for member, error in errors.items():
+            await self._leave(member, sentence(error))
+        self._require_some()
+        return results
+
+    async def _make_equal(self, source: Member) -> None:
+        """Give every replica the source's head, and its newest snapshot if that may be torn."""
+        usable = self._usable
+        if len(usable) < 2:
+            return
+        if source not in usable:
+            source = usable[0]
+        # A leftover means that a crash met a change of the tree: the snapshot being taken was never
+        # acknowledged, and its data may have reached one disk and not another.
+        torn_snapshot = any(member.directory.cleaned for member in usable)
+
+        def merge(member: Member) -> None:
+            head = member.directory.head
+            if torn_snapshot and head.parent and not member.directory.disks[head.parent].removed:
+                merge_all_below(member, head.parent)
+            merge_all_below(member, head.name)
+
+        def make_equal(member: Member) -> int:
+            if member is source:
+                return 0
+            changed_bytes = 0
+            pairs = [(member.directory.head.name, source.directory.head.name)]
+            below, source_below = (each.directory.head.parent for each in (member, source))
+            if torn_snapshot and below and below == source_below:
+                pairs.insert(0, (below, source_below))
+            for image, source_image in pairs:
+                changed_bytes += member.store.reconcile_layer(
+                    member.layers[image], source.store, source.layers[source_image]
+                )
+            # Also when no byte changed: a hole that read as zeros may have become data.
+            member.swap_store(self._engine, self.store_flags).close()
+            return changed_bytes
+
+        await self._each(merge)
+        if source.state is not MemberState.USABLE:
+            raise VolumeFaulted(
+                self._config.name,
+                f"{source.path} failed while the replicas were made equal after a crash: "
+                f"{source.error}; open the volume again",
+            )
+        log.info("comparing replicas after a crash", volume=self._config.name)
+        for member in usable:
+            if member is source or member.state is not MemberState.USABLE:
+                continue
+            try:
+                changed_bytes = await run_metadata(make_equal, member)
+            except (LhblockError, OSError) as error:
+                await self._leave(member, sentence(error))
+                continue
+            log.info(
+                "replica compared",
+                volume=self._config.name,
+                replica=str(member.path),
+                changed_bytes=changed_bytes,
+            )
+        await self._each(lambda member: member.store.sync())
+
+    async def _record_missing(self) -> None:
+        """Name every absent member stale, on stable storage, before anything is served."""
+        while True:
+            usable = self._usable
+            best = max(usable, key=lambda member: member.generation.counter).generation
+            for member in usable:
+                if member.generation.counter != best.counter:
+                    own = replace(best, replica_id=member.generation.replica_id)
+                    await run_metadata(member.directory.write_generation, own)
+            present = {member.generation.replica_id for member in usable}
+            missing = [member for member in best.members if member not in present]
+            if not missing:
+                return
+            made = leave_behind(usable, missing, "missing when the volume was opened")
+            before = len(usable)
+
+            def write(member: Member, made: dict[Member, Generation] = made) -> None:
+                member.directory.write_generation(made[member])
+
+            await self._each(write)
+            if len(self._usable) == before:
+                log.warning(
+                    "replicas left behind",
+                    volume=self._config.name,
+                    count=len(missing),
+                    generation=best.counter + 1,
+                )
+                return

@@ -1,0 +1,327 @@
+"""The tree of snapshots of a volume: create, revert, mark for removal, expand.
+
+Every operation does the same on all usable replicas: prepare in threads while I/O goes on, freeze,
+switch, thaw, settle. docs/internals/snapshots.md gives the order and what a crash at each step
+leaves. From the moment that the heads are prepared until the switch is durable an operation is
+shielded from cancellation, because half a snapshot is worth nothing to anybody.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+
+import structlog
+import trio
+
+from lhblock._native import NativeEngine, NativeVolume
+from lhblock.engine._clock import utc_now
+from lhblock.engine._config import check_size
+from lhblock.engine._info import SnapshotInfo
+from lhblock.engine._limits import SnapshotLimits, check_limits, check_new_limits
+from lhblock.engine._member import Member
+from lhblock.engine._replica_set import ReplicaSet
+from lhblock.engine._threads import run_metadata
+from lhblock.errors import (
+    LhblockError,
+    SizeError,
+    SnapshotBusy,
+    SnapshotExists,
+    SnapshotNotFound,
+    VolumeBusy,
+)
+from lhblock.replica import EXPANSION_LABEL, Disk, PendingHead, snapshot_image
+
+log = structlog.get_logger(__name__)
+
+
+class SnapshotTree:
+    """Snapshots of one open volume.
+
+    Args:
+      name: the volume's, for messages.
+      engine: to open stores anew after a revert.
+      native: the volume.
+      replicas: the replica set.
+      store_flags: how its stores are opened.
+      limits: see :class:`SnapshotLimits`.
+      users: says who uses the volume in a way that excludes a revert; "" for nobody.
+      changed: called when a merge may have become possible.
+
+    Attributes:
+      lock: the structure lock. Whoever changes layers holds it; merges take it for each step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: NativeEngine,
+        native: NativeVolume,
+        replicas: ReplicaSet,
+        *,
+        store_flags: int,
+        limits: SnapshotLimits,
+        users: Callable[[], str],
+        changed: Callable[[], None],
+    ) -> None:
+        self._name = name
+        self._engine = engine
+        self._native = native
+        self._replicas = replicas
+        self._store_flags = store_flags
+        self._users = users
+        self._changed = changed
+        self.limits = limits
+        self.lock = trio.Lock()
+
+    def infos(self) -> tuple[SnapshotInfo, ...]:
+        """Snapshots, each after its parent; siblings by creation, the live chain's last."""
+        member = self._replicas.first
+        head = member.directory.head.name
+        by_parent: dict[str, list[Disk]] = {}
+        for disk in tuple(member.directory.disks.values()):
+            by_parent.setdefault(disk.parent, []).append(disk)
+        live = {disk.name for disk in member.directory.chain}
+        found: list[SnapshotInfo] = []
+        waiting = [""]
+        while waiting:
+            children = by_parent.get(waiting.pop(), [])
+            children.sort(key=lambda disk: (disk.name in live, disk.created, disk.name))
+            for disk in children:
+                if disk.name != head:
+                    found.append(self._describe(member, disk, by_parent))
+            waiting += [disk.name for disk in reversed(children)]
+        return tuple(found)
+
+    def head(self) -> SnapshotInfo:
+        """The writable layer, described like a snapshot called ``volume-head``."""
+        member = self._replicas.first
+        return self._describe(member, member.directory.head, {})
+
+    def find(self, snapshot: str) -> Disk:
+        """The first usable replica's record of a snapshot.
+
+        Raises:
+          SnapshotNotFound: there is none of this name.
+        """
+        disk = self._replicas.first.directory.disks.get(snapshot_image(snapshot))
+        if disk is None:
+            raise SnapshotNotFound(
+                self._name, f"it has no snapshot {snapshot!r}; `lhblock snapshot ls` shows them"
+            )
+        return disk
+
+    async def set_limits(self, limits: SnapshotLimits) -> None:
+        """Use other limits from now on.
+
+        Raises:
+          SnapshotLimit: the volume already holds more.
+
+        Cancelled: nothing changed.
+        """
+        async with self.lock:
+            usages = await self._replicas.each(Member.usage, during="counting snapshots")
+            check_new_limits(self._name, limits, list(usages.values()))
+            self.limits = limits
+
+    async def create(
+        self,
+        snapshot: str | None,
+        *,
+        labels: Mapping[str, str],
+        user_created: bool,
+        size_bytes: int | None = None,
+    ) -> str:
+        """Take a snapshot; see :meth:`Volume.create_snapshot` and :meth:`Volume.expand`."""
+        snapshot = str(uuid.uuid4()) if snapshot is None else snapshot
+        image = snapshot_image(snapshot)
+        async with self.lock:
+            self._replicas.check()
+            for member in self._replicas.usable:
+                known = member.directory.disks.get(image)
+                if known is not None:
+                    why = "is still being merged away" if known.removed else "already exists"
+                    raise SnapshotExists(self._name, f"snapshot {snapshot!r} {why}")
+            usages = await self._replicas.each(Member.usage, during="counting snapshots")
+            check_limits(self._name, self.limits, list(usages.values()))
+            created = utc_now()
+
+            def prepare(member: Member) -> PendingHead:
+                # What is synced now does not have to be while flushes wait.
+                member.store.sync()
+                pending = member.directory.prepare_snapshot(
+                    snapshot,
+                    user_created=user_created,
+                    created=created,
+                    labels=labels,
+                    size_bytes=size_bytes,
+                )
+                member.prepare_head(pending)
+                return pending
+
+            with trio.CancelScope(shield=True):
+                pending = await self._replicas.each(prepare, during="preparing a snapshot")
+                await self._switch(pending, size_bytes or self._native.size_bytes)
+        log.info(
+            "snapshot taken",
+            volume=self._name,
+            snapshot=snapshot,
+            pause_us=self._replicas.pause_ns_last // 1000,
+        )
+        self._changed()
+        return snapshot
+
+    async def _switch(self, pending: dict[Member, PendingHead], size_bytes: int) -> None:
+        def switch(member: Member) -> None:
+            old_image = member.directory.head.name
+            pending[member].commit()
+            committed.add(member)
+            member.head_switched(old_image, member.store.commit_head(size_bytes))
+
+        committed: set[Member] = set()
+        try:
+            async with self._replicas.frozen():
+                done = await self._replicas.each(
+                    switch, members=list(pending), during="switching heads"
+                )
+                if size_bytes != self._native.size_bytes:
+                    self._native.resize(size_bytes)
+                # A flush that is answered now would rest on renames that are not durable yet.
+                self._native.gate_flushes(True)
+        except (LhblockError, OSError) as error:
+            if committed:
+                self._replicas.fault(f"the head was switched on disk but not in memory: {error}")
+            raise
+        finally:
+            await self._abandon([member for member in pending if member not in committed], pending)
+
+        def settle(member: Member) -> None:
+            # In this order: a leftover of the commit tells a later open that the snapshot's
+            # data may differ between replicas, so it goes when the data is durable.
+            member.store.sync()
+            pending[member].settle()
+
+        try:
+            await self._replicas.each(
+                settle, members=list(done), during="making a snapshot durable"
+            )
+        except (LhblockError, OSError) as error:
+            # The gate stays shut: no flush is answered any more.
+            self._replicas.fault(f"a snapshot could not be made durable: {error}")
+            raise
+        self._native.gate_flushes(False)
+        await self._replicas.withdraw()
+
+    async def _abandon(self, members: list[Member], pending: dict[Member, PendingHead]) -> None:
+        def abandon(member: Member) -> None:
+            member.store.abandon_head()
+            pending[member].abort()
+
+        for member in members:
+            try:
+                await run_metadata(abandon, member)
+            except (LhblockError, OSError) as error:
+                # The next open removes what is left.
+                log.warning("clean up a head", replica=str(member.path), reason=str(error))
+
+    async def revert(self, snapshot: str) -> None:
+        """Go back to a snapshot; see :meth:`Volume.revert_snapshot`."""
+        async with self.lock:
+            self._refuse_users()
+            if self.find(snapshot).removed:
+                raise SnapshotBusy(self._name, f"cannot revert to removed snapshot {snapshot!r}")
+            created = utc_now()
+            size_bytes = self._native.size_bytes
+            committed: set[Member] = set()
+
+            def prepare(member: Member) -> PendingHead:
+                return member.directory.prepare_revert(snapshot, created=created)
+
+            def switch(member: Member) -> Callable[[], None]:
+                pending[member].commit()
+                committed.add(member)
+                pending[member].settle()
+                return member.swap_store(self._engine, self._store_flags).close
+
+            with trio.CancelScope(shield=True):
+                pending = await self._replicas.each(prepare, during="preparing a revert")
+                try:
+                    async with self._replicas.frozen():
+                        self._refuse_users()
+                        closers = await self._replicas.each(
+                            switch, members=list(pending), during="reverting"
+                        )
+                except (LhblockError, OSError) as error:
+                    for member in pending.keys() - committed:
+                        await run_metadata(pending[member].abort)
+                    if committed:
+                        self._replicas.fault(f"a revert could not be carried through: {error}")
+                    raise
+                for close in closers.values():
+                    await run_metadata(close)
+        assert size_bytes == self._native.size_bytes
+        log.info("reverted", volume=self._name, snapshot=snapshot)
+        self._changed()
+
+    def _refuse_users(self) -> None:
+        users = self._users()
+        if users:
+            raise VolumeBusy(self._name, f"cannot revert while {users}; disconnect first")
+
+    async def mark_removed(self, snapshot: str, *, exported: Callable[[str], bool]) -> None:
+        """Mark a snapshot for removal; see :meth:`Volume.remove_snapshot`."""
+        async with self.lock:
+            if self.find(snapshot).removed:
+                return
+            if exported(snapshot):
+                raise SnapshotBusy(
+                    self._name, f"snapshot {snapshot!r} is exported; disconnect its clients first"
+                )
+            await self._replicas.each(
+                lambda member: member.directory.mark_removed(snapshot),
+                during="marking a snapshot as removed",
+            )
+            await self._replicas.withdraw()
+        log.info("snapshot marked as removed", volume=self._name, snapshot=snapshot)
+        self._changed()
+
+    async def expand(self, size_bytes: int) -> bool:
+        """Grow the volume; see :meth:`Volume.expand`. Returns whether anything changed."""
+        check_size(self._name, size_bytes)
+        now_bytes = self._native.size_bytes
+        if size_bytes == now_bytes:
+            return False
+        if size_bytes < now_bytes:
+            raise SizeError(
+                self._name,
+                f"it has {now_bytes} bytes and cannot be expanded to a smaller size {size_bytes}",
+            )
+        await self.create(
+            f"expand-{size_bytes}",
+            labels={EXPANSION_LABEL: str(size_bytes)},
+            user_created=False,
+            size_bytes=size_bytes,
+        )
+        log.info("expanded", volume=self._name, size_bytes=size_bytes)
+        return True
+
+    def _describe(
+        self, member: Member, disk: Disk, by_parent: Mapping[str, list[Disk]]
+    ) -> SnapshotInfo:
+        parent = member.directory.disks.get(disk.parent)
+        try:
+            size_bytes = member.image_bytes(disk.name)
+            allocated_bytes = member.allocated_bytes(disk.name)
+        except LhblockError:  # merged away in this moment
+            size_bytes = allocated_bytes = 0
+        return SnapshotInfo(
+            name=disk.snapshot,
+            parent=parent.snapshot if parent is not None else "",
+            children=tuple(sorted(child.snapshot for child in by_parent.get(disk.name, []))),
+            created=disk.created,
+            removed=disk.removed,
+            labels=dict(disk.labels),
+            size_bytes=size_bytes,
+            allocated_bytes=allocated_bytes,
+            user_created=disk.user_created,
+        )

@@ -1,0 +1,423 @@
+"""An open volume: the face of this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from lhblock._native import VOLUME_READ_ONLY, Event, EventType, NativeVolume
+from lhblock.engine._config import VolumeConfig
+from lhblock.engine._device import Device
+from lhblock.engine._info import JobInfo, ReplicaInfo, ScrubReport, SnapshotInfo, VolumeState
+from lhblock.engine._limits import SnapshotLimits
+from lhblock.engine._member import Member, MemberState
+from lhblock.engine._merge import Merger
+from lhblock.engine._opening import Opening
+from lhblock.engine._replica_set import ReplicaSet
+from lhblock.engine._scrub import Scrubber
+from lhblock.engine._snapshots import SnapshotTree
+from lhblock.engine._statistics import MetricsSampler, VolumeMetrics, VolumeStatistics
+from lhblock.engine._threads import run_metadata
+from lhblock.engine._views import SnapshotView, Views
+from lhblock.errors import NativeError, ReplicaError, UsageError, VolumeError
+
+if TYPE_CHECKING:
+    from lhblock.engine._engine import Engine
+
+log = structlog.get_logger(__name__)
+
+
+class Volume(Device):
+    """A volume that is open. Use :meth:`Engine.open_volume`.
+
+    Attributes:
+      name: as configured.
+      read_only: nothing about it can be changed.
+      config: what it was opened with.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: VolumeConfig,
+        native: NativeVolume,
+        members: list[Member],
+        *,
+        store_flags: int,
+        nursery: trio.Nursery,
+    ) -> None:
+        super().__init__(native, name=config.name, read_only=config.read_only)
+        self._nursery = nursery
+        self._out_of_space = 0
+        self._metrics = MetricsSampler(native.statistics())
+        self._replicas = ReplicaSet(
+            config.name,
+            members,
+            native,
+            deliver_events=engine.deliver_events,
+            on_faulted=self.close_connections,
+        )
+        self._snapshots = SnapshotTree(
+            config.name,
+            engine.native,
+            native,
+            self._replicas,
+            store_flags=store_flags,
+            limits=config.limits,
+            users=self._users,
+            changed=self._tree_changed,
+        )
+        self._views = Views(
+            config.name,
+            engine.native,
+            self._replicas,
+            self._snapshots.lock,
+            store_flags=store_flags,
+            add_device=engine.add_device,
+            remove_device=engine.remove_device,
+            changed=self._tree_changed,
+        )
+        self._merger = Merger(
+            config.name, self._replicas, native, self._snapshots.lock, pinned=self._views.pinned
+        )
+        self._scrubber = Scrubber(config.name, self._replicas, self._snapshots.lock)
+        self.config = config
+
+    # ---- What it is.
+
+    @property
+    def state(self) -> VolumeState:
+        """``healthy``, ``degraded`` (a replica is left out or was dropped) or ``faulted``."""
+        return self._replicas.state
+
+    @property
+    def limits(self) -> SnapshotLimits:
+        """How much history it may hold."""
+        return self._snapshots.limits
+
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """Every configured replica, in configured order."""
+        return self._replicas.info()
+
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """Snapshots in tree order: each after its parent, the live chain's last among siblings.
+
+        Raises:
+          VolumeFaulted: no replica is usable.
+        """
+        return self._snapshots.infos()
+
+    def head(self) -> SnapshotInfo:
+        """The writable layer, described like a snapshot called ``volume-head``.
+
+        Raises:
+          VolumeFaulted: no replica is usable.
+        """
+        return self._snapshots.head()
+
+    def jobs(self) -> tuple[JobInfo, ...]:
+        """Merges going on now."""
+        return self._merger.jobs()
+
+    def open_views(self) -> tuple[str, ...]:
+        """Names of the snapshots that have an open view."""
+        return self._views.open_snapshots
+
+    def statistics(self) -> VolumeStatistics:
+        """Totals since the volume was opened."""
+        return VolumeStatistics(
+            io=self._native.statistics(),
+            snapshot_pause_ns_last=self._replicas.pause_ns_last,
+            out_of_space=self._out_of_space,
+            replicas_failed=self._replicas.failures,
+        )
+
+    def metrics(self) -> VolumeMetrics:
+        """Rates over the last completed interval of at least a second.
+
+        Computed when asked, from the totals of the last call that completed an interval: an idle
+        volume has no timer.
+        """
+        return self._metrics.sample(self._native.statistics())
+
+    # ---- Snapshots.
+
+    async def create_snapshot(
+        self,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        *,
+        user_created: bool = True,
+    ) -> str:
+        """Take a snapshot of the present content while I/O goes on.
+
+        I/O is paused for the switch of heads only; ``statistics().snapshot_pause_ns_last`` says how
+        long. The snapshot is on stable storage of every usable replica when this returns.
+
+        Args:
+          name: None chooses a random one.
+          labels: kept with it.
+          user_created: False marks it as the system's.
+
+        Returns:
+          Its name.
+
+        Raises:
+          SnapshotExists: the name is taken, or its old bearer is still being merged away.
+          SnapshotLimit: there are too many, or they hold too much.
+          UsageError: the name cannot be.
+          ReplicaError: no replica could do it; nothing changed.
+
+        Cancelled before the heads are prepared: nothing was done. After that it is carried through
+        until the switch is durable.
+        """
+        self._refuse_read_only("take a snapshot")
+        return await self._snapshots.create(
+            name, labels=dict(labels or {}), user_created=user_created
+        )
+
+    async def revert_snapshot(self, name: str) -> None:
+        """Throw the head's content away and go on from a snapshot.
+
+        Raises:
+          VolumeBusy: clients are connected or views are open.
+          SnapshotNotFound: there is none of this name.
+          SnapshotBusy: it is marked as removed.
+          ReplicaError: no replica could do it; nothing changed.
+
+        Cancelled before the heads are prepared: nothing was done. After that it is carried through.
+        """
+        self._refuse_read_only("revert")
+        await self._snapshots.revert(name)
+
+    async def remove_snapshot(self, name: str) -> None:
+        """Mark a snapshot for removal, durably; its layer is merged away in the background.
+
+        A snapshot that is marked already is no error.
+
+        Raises:
+          SnapshotNotFound: there is none of this name.
+          SnapshotBusy: it is exported.
+
+        Cancelled before threads start: nothing was done. After that it is carried through.
+        """
+        self._refuse_read_only("remove a snapshot")
+        await self._snapshots.mark_removed(name, exported=self._is_exported)
+
+    async def wait_merged(self) -> None:
+        """Wait until nothing is left that can be merged now.
+
+        Layers that have to wait (several children, an open view, much data right below the head)
+        do not count.
+
+        Raises:
+          VolumeError: a merge failed; its layer stays, marked as removed, and the next change of
+            the tree or the next open tries again.
+
+        Cancelled: merging goes on.
+        """
+        if not self.read_only:
+            await self._merger.wait_idle()
+
+    async def expand(self, size_bytes: int) -> None:
+        """Grow the volume. Connected clients see the old size until they reconnect.
+
+        Args:
+          size_bytes: the new size, a multiple of 4096; the present one is no change.
+
+        Raises:
+          SizeError: it is smaller than the present size, or cannot be.
+          SnapshotLimit: an expansion takes a snapshot, and there are too many.
+
+        Cancelled: as :meth:`create_snapshot`.
+        """
+        self._refuse_read_only("expand")
+        await self._snapshots.expand(size_bytes)
+
+    async def set_limits(
+        self, *, snapshot_max_count: int | None = None, snapshot_max_size: int | None = None
+    ) -> None:
+        """Change the limits; None leaves one as it is. They are not kept across an open.
+
+        Raises:
+          SnapshotLimit: the volume already holds more.
+          UsageError: a limit that cannot be.
+
+        Cancelled: nothing changed.
+        """
+        now = self._snapshots.limits
+        await self._snapshots.set_limits(
+            SnapshotLimits(
+                count_max=now.count_max if snapshot_max_count is None else snapshot_max_count,
+                size_bytes_max=(
+                    now.size_bytes_max if snapshot_max_size is None else snapshot_max_size
+                ),
+            )
+        )
+
+    def open_view(self, snapshot: str) -> AbstractAsyncContextManager[SnapshotView]:
+        """Open a read-only volume of a snapshot for the block; views of one snapshot are shared.
+
+        Raises:
+          SnapshotNotFound: there is none of this name, or it is marked as removed.
+          VolumeError: it cannot be opened.
+
+        Cancelled while opening: not opened.
+        """
+        return self._views.view(snapshot)
+
+    async def hash_snapshot(self, name: str, *, rehash: bool = False) -> None:
+        """Record the checksum of a snapshot's layer on every usable replica.
+
+        Args:
+          rehash: read the layer although a current record exists.
+
+        Raises:
+          SnapshotNotFound: there is none of this name.
+          SnapshotBusy: it is marked as removed.
+
+        Cancelled between replicas: the records made so far stay.
+        """
+        self._refuse_read_only("hash a snapshot")
+        self._snapshots.find(name)
+        await self._scrubber.hash_snapshot(name, rehash=rehash)
+
+    async def scrub(self) -> ScrubReport:
+        """Verify every layer that has a current checksum record; repair damage from a good replica.
+
+        Cancelled between layers: what was repaired stays repaired.
+        """
+        self._refuse_read_only("scrub")
+        return await self._scrubber.scrub()
+
+    # ---- Events and the end.
+
+    def on_event(self, event: Event) -> None:
+        """Take an event of the core. Never blocks."""
+        super().on_event(event)
+        if event.type == EventType.STORE_FAILED:
+            self._store_failed(event)
+        elif event.type == EventType.OUT_OF_SPACE:
+            self._out_of_space += 1
+            log.error("no space on any replica", volume=self.name, offset=event.offset_bytes)
+
+    def _store_failed(self, event: Event) -> None:
+        for member in self._replicas.members:
+            if not member.has_store or member.store.id != event.subject_id:
+                continue
+            reason = f"I/O at {event.offset_bytes}: {os.strerror(event.error)}"
+            if member.state is MemberState.USABLE and self._replicas.usable == [member]:
+                self._replicas.fault(f"its last replica {member.path} failed: {reason}")
+            elif self._replicas.note_failure(member, reason, by_core=True):
+                self._nursery.start_soon(self._replicas.withdraw)
+            else:
+                # Python dropped it for a reason of its own at the same moment.
+                member.dropped_by_core = True
+                self._nursery.start_soon(self._replicas.withdraw)
+
+    def _users(self) -> str:
+        if self.connections:
+            return f"{self.connections} clients are connected"
+        if self._views.open_snapshots:
+            return f"snapshot {self._views.open_snapshots[0]!r} is open"
+        return ""
+
+    def _is_exported(self, snapshot: str) -> bool:
+        return snapshot in self._views.open_snapshots
+
+    def _tree_changed(self) -> None:
+        self._merger.wake()
+
+    def _refuse_read_only(self, what: str) -> None:
+        if self.read_only:
+            raise UsageError(f"volume {self.name} is open read-only: cannot {what}")
+
+    def _start(self) -> None:
+        self._replicas.publish()
+        if not self.read_only:
+            self._merger.wake()
+            self._nursery.start_soon(self._merger.run)
+
+    async def _close_native(self) -> None:
+        # Fences go on until the last request was answered.
+        await run_metadata(self._native.close)
+
+
+@asynccontextmanager
+async def open_volume(engine: Engine, config: VolumeConfig) -> AsyncIterator[Volume]:
+    """See :meth:`Engine.open_volume`."""
+    opening = Opening(config, engine.native)
+    members = await opening.open()
+    try:
+        native = await _open_native(engine, config, members)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await opening.abandon()
+        raise
+    failure: Exception | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            volume = Volume(
+                engine, config, native, members, store_flags=opening.store_flags, nursery=nursery
+            )
+            engine.add_device(volume)
+            native_id = volume.native_id
+            try:
+                volume._start()
+                log.info(
+                    "volume opened",
+                    volume=config.name,
+                    size_bytes=volume.size_bytes,
+                    state=volume.state,
+                )
+                yield volume
+            except Exception as error:
+                # Raised below, as it is, and not in a group.
+                failure = error
+            finally:
+                with trio.CancelScope(shield=True):
+                    await volume._close_native()
+                    engine.remove_device(native_id)
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await _close_members(config, members)
+    log.info("volume closed", volume=config.name)
+    if failure is not None:
+        raise failure
+
+
+async def _close_members(config: VolumeConfig, members: list[Member]) -> None:
+    """Close every replica: those that take part cleanly, if they can still be synced."""
+
+    def close(member: Member) -> None:
+        clean = member.state is MemberState.USABLE and not config.read_only
+        if clean:
+            try:
+                member.drop_side_layers(None)
+                member.store.sync()
+            except NativeError as error:
+                clean = False
+                log.error("sync", replica=str(member.path), reason=str(error))
+        member.close(clean=clean)
+
+    for member in members:
+        if member.opened:
+            try:
+                await run_metadata(close, member)
+            except (ReplicaError, OSError) as error:
+                log.error("close", replica=str(member.path), reason=str(error))
+
+
+async def _open_native(engine: Engine, config: VolumeConfig, members: list[Member]) -> NativeVolume:
+    size_bytes = next(m for m in members if m.state is MemberState.USABLE).directory.size_bytes
+    flags = VOLUME_READ_ONLY if config.read_only else 0
+    try:
+        return await run_metadata(NativeVolume, engine.native, size_bytes, flags)
+    except NativeError as error:
+        raise VolumeError(config.name, f"cannot be opened: {error}") from error
