@@ -33,10 +33,18 @@ class GuestResult:
     console: str
     values: dict[str, str]  # of every `result NAME VALUE` the script called
 
+    def value(self, name: str) -> str:
+        """What `result NAME` said; GuestFailed if it was not called or had nothing to say."""
+        if name not in self.values:
+            raise GuestFailed(f"no result {name!r}", self.console)
+        return self.values[name]
+
     @classmethod
     def from_console(cls, console: str) -> GuestResult:
         """Read the result lines. Kernel messages may stand between them, never inside one."""
-        return cls(console, dict(re.findall(r"^LHB-RESULT (\S+) (.*?)\s*$", console, re.MULTILINE)))
+        return cls(
+            console, dict(re.findall(r"^LHB-RESULT (\S+) (\S.*?)\s*$", console, re.MULTILINE))
+        )
 
 
 @dataclass(frozen=True)
