@@ -1,0 +1,95 @@
+"""Builds volumes on the real native core in a test's own directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+from lhblock import _native
+from lhblock.engine import (
+    EngineOptions,
+    SnapshotLimits,
+    Volume,
+    VolumeConfig,
+    create_replicas,
+    open_engine,
+)
+
+BLOCK = _native.BLOCK_BYTES
+
+
+class VolumeFiles:
+    """The replica directories of one volume."""
+
+    def __init__(self, paths: list[Path], size_bytes: int) -> None:
+        self.paths = paths
+        self.size_bytes = size_bytes
+
+    @classmethod
+    async def create(cls, base: Path, *, replicas: int, size_bytes: int) -> VolumeFiles:
+        """Make the directories ``r0``, ``r1``, ... below ``base``."""
+        files = cls([base / f"r{index}" for index in range(replicas)], size_bytes)
+        await create_replicas("db", files.paths, size_bytes)
+        return files
+
+    @asynccontextmanager
+    async def open(
+        self,
+        *,
+        only: list[int] | None = None,
+        read_only: bool = False,
+        limits: SnapshotLimits | None = None,
+    ) -> AsyncIterator[Volume]:
+        """Open the volume in an engine of its own."""
+        paths = self.paths if only is None else [self.paths[index] for index in only]
+        config = VolumeConfig(
+            name="db",
+            replicas=paths,
+            read_only=read_only,
+            limits=limits or SnapshotLimits(),
+        )
+        options = EngineOptions(queues=1, workers=4)
+        async with open_engine(options) as engine, engine.open_volume(config) as volume:
+            yield volume
+
+    async def contents(self) -> list[bytes]:
+        """What each replica holds, read one by one. The volume is closed."""
+        found = []
+        for index in range(len(self.paths)):
+            async with self.open(only=[index], read_only=True) as volume:
+                found.append(await volume.read(0, volume.size_bytes))
+        return found
+
+    def copy_of(self, index: int, target: Path) -> Path:
+        """Keep a replica as it is now, holes included, to put it back later."""
+        shutil.copytree(self.paths[index], target, copy_function=copy_sparse)
+        return target
+
+
+def copy_sparse(source: str, target: str) -> None:
+    """Copy a file with its extents and nothing else."""
+    with Path(source).open("rb") as old, Path(target).open("wb") as new:
+        new.truncate(Path(source).stat().st_size)
+        for extent in _native.file_extents(old.fileno()):
+            old.seek(extent.offset_bytes)
+            new.seek(extent.offset_bytes)
+            new.write(old.read(extent.length_bytes))
+    shutil.copystat(source, target)
+
+
+async def view_content(volume: Volume, snapshot: str) -> bytes:
+    """The content of a snapshot."""
+    async with volume.open_view(snapshot) as view:
+        return await view.read(0, view.size_bytes)
+
+
+@contextmanager
+def fault(point: str, error: int, *, skip: int = 0, times: int = 1) -> Iterator[None]:
+    """Let a fault point fail within the block."""
+    _native.arm_fault(point, error, skip=skip, times=times)
+    try:
+        yield
+    finally:
+        _native.clear_faults()
