@@ -134,7 +134,9 @@ def check_volume_name(name: str) -> str:
             " '_', '.' or '-', beginning with a letter or digit"
         )
     if _RESERVED.fullmatch(name):
-        raise UsageError(f"invalid volume name {name!r}: a socket in the data directory is called so")
+        raise UsageError(
+            f"invalid volume name {name!r}: a socket in the data directory is called so"
+        )
     return name
 
 
@@ -175,9 +177,9 @@ def parse_size(text: str) -> int:
     if unit not in _UNIT_SHIFTS:
         raise UsageError(f"invalid size {text!r}: the units are K, M, G, T and P (powers of 1024)")
     whole, _, fraction = number.partition(".")
-    scale = 1 << _UNIT_SHIFTS[unit]
+    scale: int = 1 << _UNIT_SHIFTS[unit]
     numerator = int(f"{whole}{fraction}") * scale
-    size_bytes, rest = divmod(numerator, 10 ** len(fraction))
+    size_bytes, rest = divmod(numerator, int(10 ** len(fraction)))
     if rest:
         raise UsageError(f"invalid size {text!r}: it is not a whole number of bytes")
     return size_bytes
@@ -226,7 +228,8 @@ def parse_listen(text: str) -> Listen:
         colon = ""
     if not colon or not port.isascii() or not port.isdecimal() or int(port) > 65535:
         raise UsageError(
-            f"invalid address {text!r}: give HOST:PORT, like 127.0.0.1:{NBD_PORT} or [::1]:{NBD_PORT}"
+            f"invalid address {text!r}: give HOST:PORT, like 127.0.0.1:{NBD_PORT} or"
+            f" [::1]:{NBD_PORT}"
         )
     return Listen(host, int(port))
 

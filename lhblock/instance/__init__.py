@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lhblock.instance._channel import VolumeChannel, first_sentence, open_channel
     from lhblock.instance._creation import create_volume, uncreate_volume
+    from lhblock.instance._features import machine_features
     from lhblock.instance._logging import configure_logging
     from lhblock.instance._registry import Registry, ReplicaRecord, VolumeRecord
     from lhblock.instance._removal import removable, remove_replica
@@ -31,6 +32,7 @@ _HOMES = {
     "configure_logging": "_logging",
     "create_volume": "_creation",
     "first_sentence": "_channel",
+    "machine_features": "_features",
     "open_channel": "_channel",
     "removable": "_removal",
     "remove_replica": "_removal",
@@ -53,6 +55,7 @@ __all__ = [
     "configure_logging",
     "create_volume",
     "first_sentence",
+    "machine_features",
     "open_channel",
     "removable",
     "remove_replica",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import trio
@@ -122,10 +122,9 @@ class _Offline:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
+        # When it ended by itself, why is known by now.
+        with suppress(trio.RunFinishedError):
             trio.from_thread.run_sync(self._stop.cancel, trio_token=self._token)
-        except trio.RunFinishedError:
-            pass  # it ended by itself; why is known by now
         self._thread.join()
         if self._failure is not None and error is None:
             raise self._failure

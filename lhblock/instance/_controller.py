@@ -21,11 +21,11 @@ from lhblock.errors import (
 )
 from lhblock.instance._registry import Registry
 from lhblock.instance._served import FRONTEND, ServedVolume, no_new_clients
-from lhblock.rpc import Call, CallFailed, Handlers
+from lhblock.rpc import Call, CallFailed, Handler, Handlers
 from lhblock.rpc.generated import controller_pb2 as pb
 from lhblock.settings import BLOCK_BYTES, check_snapshot_name
 
-VERSIONS = {
+VERSIONS: dict[str, Any] = {
     "cliAPIVersion": 12,
     "cliAPIMinVersion": 8,
     "controllerAPIVersion": 6,
@@ -88,7 +88,7 @@ class ControllerService:
 
     @property
     def handlers(self) -> Handlers:
-        served = {
+        served: dict[str, Handler] = {
             "VolumeGet": self.volume_get,
             "VolumeSnapshot": self.volume_snapshot,
             "VolumeRevert": self.volume_revert,
@@ -105,7 +105,7 @@ class ControllerService:
             "VersionDetailGet": self.version_get,
             "MetricsGet": self.metrics_get,
         }
-        return served | {name: self._lacking for name in _LACKING} | {"JournalList": self._journal}
+        return served | dict.fromkeys(_LACKING, self._lacking) | {"JournalList": self._journal}
 
     async def volume_get(self, _request: Empty, call: Call) -> pb.Volume:
         return self._describe(self._choice.volume(call))
@@ -157,9 +157,7 @@ class ControllerService:
             served.start_expansion(self._registry, request.size)
         return self._describe(served)
 
-    async def frontend_start(
-        self, request: pb.VolumeFrontendStartRequest, call: Call
-    ) -> pb.Volume:
+    async def frontend_start(self, request: pb.VolumeFrontendStartRequest, call: Call) -> pb.Volume:
         served = self._choice.volume(call)
         name = request.frontend
         if served.expansion.running:
@@ -213,7 +211,9 @@ class ControllerService:
 
     async def replica_list(self, _request: Empty, call: Call) -> pb.ReplicaListReply:
         replicas = self._choice.volume(call).volume.replicas()
-        return pb.ReplicaListReply(replicas=[_replica(item.address, item.mode) for item in replicas])
+        return pb.ReplicaListReply(
+            replicas=[_replica(item.address, item.mode) for item in replicas]
+        )
 
     async def replica_get(self, request: pb.ReplicaAddress, call: Call) -> pb.ControllerReplica:
         served = self._choice.volume(call)
@@ -276,7 +276,7 @@ class ControllerService:
         count = changes.get("snapshot_count_max", record.snapshot_count_max)
         size = changes.get("snapshot_bytes_max", record.snapshot_bytes_max)
         try:
-            served.volume.set_limits(snapshot_max_count=count, snapshot_max_size=size)
+            await served.volume.set_limits(snapshot_max_count=count, snapshot_max_size=size)
         except VolumeError as error:
             raise CallFailed("UNKNOWN", error.sentence) from error
         served.record = await trio.to_thread.run_sync(
@@ -327,7 +327,4 @@ async def revert(served: ServedVolume, name: str) -> None:
 
 
 def _replica(address: str, mode: str) -> pb.ControllerReplica:
-    return pb.ControllerReplica(
-        address=pb.ReplicaAddress(address=address), mode=pb.ReplicaMode.Value(mode)
-    )
-
+    return pb.ControllerReplica(address=pb.ReplicaAddress(address=address), mode=mode)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 
+from lhblock.engine import create_replicas
 from lhblock.errors import LhblockError, ReplicaForeign, UsageError, VolumeExists
 from lhblock.instance._registry import (
     MADE_DIRECTORY,
@@ -29,7 +30,7 @@ META = "volume.meta"
 _log = structlog.get_logger("lhblock.instance")
 
 
-def create_volume(
+async def create_volume(
     registry: Registry,
     name: str,
     *,
@@ -37,7 +38,7 @@ def create_volume(
     replicas: Sequence[Path] = (),
     cache: str = "writeback",
 ) -> VolumeRecord:
-    """Create and record a volume. Blocking.
+    """Create and record a volume.
 
     Directories that hold a replica already, Longhorn's included, are adopted: then all must, and
     the size is theirs. Directories that are absent or empty get a new replica each.
@@ -51,12 +52,14 @@ def create_volume(
       VolumeExists: the name is taken.
       ReplicaForeign: a directory holds something else.
       LhblockError: the system refuses. What was made before is removed again.
+
+    Cancelled: either nothing was made, or it is removed again.
     """
     check_volume_name(name)
     if len(replicas) > REPLICAS_MAX:
         raise UsageError(f"volume {name}: {len(replicas)} replicas; give at most {REPLICAS_MAX}")
     registry.data_dir.prepare()
-    paths = [Path(os.path.abspath(path)) for path in replicas]  # noqa: PTH100 keeps links as given
+    paths = [Path.cwd() / path for path in replicas]
     paths = paths or [registry.data_dir.volume(name) / DEFAULT_REPLICA]
     if len(set(paths)) != len(paths):
         raise UsageError(f"volume {name}: a replica directory is given twice")
@@ -76,7 +79,8 @@ def create_volume(
         if size_bytes is None:
             raise UsageError(f"volume {name} does not exist; give --size to create it")
         made = [ReplicaRecord(path, found[path]) for path in paths]
-        return _make(registry, new_record(name, size_bytes=size_bytes, cache=cache, replicas=made))
+        record = new_record(name, size_bytes=size_bytes, cache=cache, replicas=made)
+        return await _make(registry, record)
 
 
 def uncreate_volume(registry: Registry, record: VolumeRecord) -> None:
@@ -131,15 +135,13 @@ def _replica_size(path: Path) -> int:
         directory.close()
 
 
-def _make(registry: Registry, record: VolumeRecord) -> VolumeRecord:
+async def _make(registry: Registry, record: VolumeRecord) -> VolumeRecord:
     undo: list[Callable[[], None]] = []
     try:
         registry.data_dir.volume(record.name).mkdir(mode=0o700, exist_ok=True)
         undo.append(lambda: registry.forget(record.name))
-        for index, replica in enumerate(record.replicas):
-            ReplicaDirectory.create(replica.path, size_bytes=record.size_bytes)
-            done = record.replicas[index : index + 1]
-            undo.append(lambda done=done: _unmake(done))  # type: ignore[misc]
+        await create_replicas(record.name, record.paths, record.size_bytes)
+        undo.append(lambda: _unmake(record.replicas))
         registry.add(record)
     except BaseException as error:
         for step in reversed(undo):

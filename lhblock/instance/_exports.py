@@ -1,4 +1,4 @@
-"""What the NBD front end may offer: the served volumes, and their snapshots as ``NAME@SNAPSHOT``."""
+"""What the NBD front end offers: the served volumes, and ``NAME@SNAPSHOT``, their snapshots."""
 
 from __future__ import annotations
 

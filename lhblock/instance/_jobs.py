@@ -48,15 +48,15 @@ class Jobs:
         return self._jobs[job_id]
 
     def start(self, kind: str, subject: str, work: Work) -> Job:
-        """Start `work`, which fills in the job's message.
+        """Start `work`, which fills in the job's message, or join the same job if it runs.
 
         Raises:
-          VolumeBusy: the same job runs already, or too many do.
+          VolumeBusy: too many run.
         """
         running = [job for job in self._jobs.values() if job.message.state == "running"]
         for job in running:
             if (job.message.kind, job.message.subject) == (kind, subject):
-                raise VolumeBusy(self._volume, f"a {kind} of {subject or 'it'} is in progress")
+                return job
         if len(running) >= JOBS_RUNNING_MAX:
             raise VolumeBusy(
                 self._volume, f"{JOBS_RUNNING_MAX} jobs are running; wait for one to end"

@@ -8,11 +8,12 @@ import sys
 import structlog
 
 
-def configure_logging(*, debug: bool = False, json: bool = False) -> None:
+def configure_logging(*, debug: bool = False, json: bool = False, quiet: bool = False) -> None:
     """Send every log line of the process to stderr, from now on.
 
     Args:
       debug: include debug lines.
+      quiet: warnings and worse only.
       json: one JSON object per line instead of ``time level event key=value``.
     """
     renderer: structlog.typing.Processor
@@ -22,6 +23,7 @@ def configure_logging(*, debug: bool = False, json: bool = False) -> None:
         renderer = structlog.dev.ConsoleRenderer()
     else:
         renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     processors: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -30,9 +32,7 @@ def configure_logging(*, debug: bool = False, json: bool = False) -> None:
         processors.append(structlog.processors.format_exc_info)
     structlog.configure(
         processors=[*processors, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(
-            logging.DEBUG if debug else logging.INFO
-        ),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )

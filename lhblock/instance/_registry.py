@@ -84,9 +84,7 @@ class Registry:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise LhblockError(
-                f"cannot list {self.data_dir.volumes}: {error.strerror}"
-            ) from error
+            raise LhblockError(f"cannot list {self.data_dir.volumes}: {error.strerror}") from error
         return [name for name in entries if self._path(name).exists()]
 
     def get(self, name: str) -> VolumeRecord:
@@ -104,8 +102,9 @@ class Registry:
                 raw = file.read(RECORD_BYTES_MAX + 1)
         except FileNotFoundError as error:
             raise VolumeNotFound(
-                name, f"there is none in {self.data_dir.path}; create it with"
-                f" 'lhblock serve {name} --size SIZE'"
+                name,
+                f"there is none in {self.data_dir.path}; create it with"
+                f" 'lhblock serve {name} --size SIZE'",
             ) from error
         except OSError as error:
             raise VolumeError(name, f"cannot read {path}: {error.strerror}") from error

@@ -100,7 +100,7 @@ def _locked(directory: int, path: Path) -> Iterator[None]:
 
 
 def _checked_names(directory: int, path: Path) -> Iterator[str]:
-    for name in os.listdir(directory):  # noqa: PTH208 a descriptor, so that no link is followed
+    for name in os.listdir(directory):
         mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
         if _NAMES.fullmatch(name) is None or not stat.S_ISREG(mode):
             raise ReplicaForeign(

@@ -165,7 +165,7 @@ async def _serve(
     data_dir.prepare()
     async with AsyncExitStack() as stack:
         listeners = [] if stdio else await _listen(stack, data_dir, settings)
-        records = _records(stack, process, names, size_bytes)
+        records = await _records(stack, process, names, size_bytes)
         engine = await stack.enter_async_context(open_engine(_engine_options(settings)))
         for record in records:
             await _open(stack, process, engine, record, listeners)
@@ -227,14 +227,16 @@ def _check_names(process: _Process, names: Sequence[str], size_bytes: int | None
                     f"volume {name} does not exist, and --read-only cannot create it"
                 ) from error
             if size_bytes is None and not settings.replica:
-                raise UsageError(f"volume {name} does not exist; give --size to create it") from error
+                raise UsageError(
+                    f"volume {name} does not exist; give --size to create it"
+                ) from error
             continue
         holder = serving(process.data_dir, record)
         if holder is not None and not settings.read_only:
             who = f"process {holder.pid}" if holder.pid else "another process"
             raise VolumeBusy(name, f"{who} serves it already; stop that first")
         if settings.replica:
-            wanted = {Path(os.path.abspath(path)) for path in settings.replica}  # noqa: PTH100
+            wanted = {Path.cwd() / path for path in settings.replica}
             if wanted != set(record.paths):
                 listed = ", ".join(str(path) for path in record.paths)
                 raise UsageError(
@@ -267,7 +269,7 @@ async def _listen(
     return [*listeners, listener]
 
 
-def _records(
+async def _records(
     stack: AsyncExitStack, process: _Process, names: Sequence[str], size_bytes: int | None
 ) -> list[VolumeRecord]:
     records = []
@@ -275,7 +277,7 @@ def _records(
         try:
             records.append(process.registry.get(name))
         except VolumeNotFound:
-            record = create_volume(
+            record = await create_volume(
                 process.registry,
                 name,
                 size_bytes=size_bytes,
@@ -335,9 +337,7 @@ async def _start_control(
         ).handlers,
     }
     await nursery.start(
-        partial(
-            serve_rpc, f"unix:{path}", services, check=choice.check, unexpected=_log_unexpected
-        )
+        partial(serve_rpc, f"unix:{path}", services, check=choice.check, unexpected=_log_unexpected)
     )
     return path
 

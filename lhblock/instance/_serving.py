@@ -1,4 +1,8 @@
-"""Who serves a volume: the holder of its replica's lock, and the socket that process answers on."""
+"""Who serves a volume: the holder of its replica's lock, and the socket it answers on.
+
+`lhblock.replica` knows the lock too; this asks without importing that package, because
+``volume ls`` asks for every volume and must answer at once.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,9 @@ def lock_holder(replica: Path) -> Holder | None:
     shared mode and given back at once, which never makes a holder fail.
     """
     try:
-        fd = os.open(replica / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(
+            replica / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        )
     except OSError:
         return None
     try:
@@ -92,7 +98,7 @@ def control_address(data_dir: DataDir, volume: str) -> str | None:
     """Return where the process serving `volume` answers, or None if it left no link."""
     link = data_dir.control_link(volume)
     try:
-        target = os.readlink(link)
+        target = str(link.readlink())
     except OSError:
         return None
     # A link to a bare name, as this program makes it; anything else is not ours to follow.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 
+import trio
 from google.protobuf.empty_pb2 import Empty
 
 from lhblock import __version__
@@ -15,6 +17,7 @@ from lhblock.frontend.nbd import ClientInfo
 from lhblock.instance._controller import Choice, check_revert_target, revert
 from lhblock.instance._jobs import Job
 from lhblock.instance._served import ServedVolume
+from lhblock.replica import snapshot_image, valid_checksum
 from lhblock.rpc import Call, CallFailed, Handlers
 from lhblock.rpc.generated import volume_pb2 as pb
 
@@ -46,6 +49,7 @@ class VolumeService:
             "SnapshotRemove": self.snapshot_remove,
             "SnapshotRevert": self.snapshot_revert,
             "SnapshotHash": self.snapshot_hash,
+            "MergeWait": self.merge_wait,
             "Scrub": self.scrub,
             "JobGet": self.job_get,
             "JobCancel": self.job_cancel,
@@ -104,7 +108,7 @@ class VolumeService:
                     size_bytes=item.size_bytes,
                     allocated_bytes=item.allocated_bytes,
                 )
-                for item in served.volume.snapshots()
+                for item in (*served.volume.snapshots(), served.volume.head())
             ],
             merges_pending=_pending(served),
             volume_bytes=served.volume.size_bytes,
@@ -129,13 +133,25 @@ class VolumeService:
         _snapshot(served, request.name)
 
         async def work(message: pb.Job) -> None:
-            values = await served.volume.hash_snapshot(request.name, rehash=request.rehash)
-            for replica, value in values.items():
-                message.checksums.add(
-                    replica=replica, snapshot=request.name, method="crc64", value=value
-                )
+            await served.volume.hash_snapshot(request.name, rehash=request.rehash)
+            for replica in served.volume.replicas():
+                if replica.mode == "RW":
+                    value = await trio.to_thread.run_sync(
+                        recorded_checksum, Path(replica.address), request.name
+                    )
+                    message.checksums.add(
+                        replica=replica.address, snapshot=request.name, method="crc64", value=value
+                    )
 
         return served.jobs.start("hash", request.name, work).message
+
+    async def merge_wait(self, _request: Empty, call: Call) -> pb.Job:
+        served = self._choice.volume(call)
+
+        async def work(_message: pb.Job) -> None:
+            await served.volume.wait_merged()
+
+        return served.jobs.start("merge", "", work).message
 
     async def scrub(self, _request: Empty, call: Call) -> pb.Job:
         served = self._choice.volume(call)
@@ -168,7 +184,19 @@ class VolumeService:
         try:
             return served.jobs.get(job_id)
         except KeyError as error:
-            raise CallFailed("NOT_FOUND", f"cannot find job {job_id}; it may be forgotten") from error
+            raise CallFailed(
+                "NOT_FOUND", f"cannot find job {job_id}; it may be forgotten"
+            ) from error
+
+
+def recorded_checksum(replica: Path, snapshot: str) -> str:
+    """Return the valid checksum recorded for a layer, or "" if there is none. Blocking."""
+    fd = os.open(replica, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        record = valid_checksum(fd, snapshot_image(snapshot))
+    finally:
+        os.close(fd)
+    return record.checksum if record is not None else ""
 
 
 def _snapshot(served: ServedVolume, name: str) -> None:

@@ -33,7 +33,7 @@ class RpcClient:
 
     def __init__(self, address: str, *, metadata: Mapping[str, str] | None = None) -> None:
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
-        self._metadata = [(key, value) for key, value in (metadata or {}).items() if value]
+        self._metadata = tuple((key, value) for key, value in (metadata or {}).items() if value)
 
     def call(self, service: str, name: str, request: Message, *, timeout_s: float) -> Any:
         """Call one method and return its reply. Blocking.
@@ -51,7 +51,7 @@ class RpcClient:
         try:
             return invoke(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            code, details = error.code(), error.details()  # type: ignore[attr-defined]
+            code, details = error.code(), error.details()
             raise ControlError(code.name, details or code.name) from error
 
     def close(self) -> None:

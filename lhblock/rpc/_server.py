@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 # grpcio's C core writes its own log lines to stderr unless told otherwise before the import.
@@ -77,7 +76,7 @@ async def serve_rpc(
             pool.shutdown(wait=False)
             raise LhblockError(f"cannot listen for control calls on {address}") from error
         if address.startswith("unix:"):
-            Path(address.removeprefix("unix:")).chmod(0o600)
+            os.chmod(address.removeprefix("unix:"), 0o600)  # noqa: PTH101
         server.start()
         try:
             task_status.started(port)

@@ -3,8 +3,8 @@
     python -m lhblock.rpc.generate [DIRECTORY]
 
 ``make proto`` runs it; a test runs it into a scratch directory and compares. The directory is
-`lhblock/rpc/generated` of the tree this module belongs to unless another is given. Only messages are generated: the calls
-are made and served from the service descriptors (`lhblock.rpc._methods`).
+`lhblock/rpc/generated` of the tree this module belongs to unless another is given. Only messages
+are generated: calls are made and served from the service descriptors (`lhblock.rpc._methods`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,132 @@
+"""``lhblock serve``: its options, and what it prints once clients can connect."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lhblock.cli._app import App, common_options
+from lhblock.cli._names import SizeType, volumes_argument
+from lhblock.settings import check_volume_name, format_size, parse_listen
+
+if TYPE_CHECKING:
+    from lhblock.instance import Ready
+
+_SHOWN_VOLUMES_MAX = 20
+
+
+@click.command()
+@volumes_argument
+@click.option("--size", type=SizeType(), help="Create volumes that do not exist, of this size.")
+@click.option(
+    "--replica",
+    multiple=True,
+    metavar="DIR",
+    help="Replica directory of a new volume; repeat for several.  [default: one in the data dir]",
+)
+@click.option("--listen", metavar="HOST:PORT", help="TCP address.  [default: 127.0.0.1:10809]")
+@click.option("--no-tcp", is_flag=True, help="Listen on the Unix socket only.")
+@click.option("--socket", metavar="PATH", help="Unix socket.  [default: DATA-DIR/run/nbd.sock]")
+@click.option("--cache", metavar="writeback|none", help="none bypasses the page cache (O_DIRECT).")
+@click.option("--read-only", is_flag=True, help="Change nothing, metadata included.")
+@click.option("--driver", metavar="auto|io_uring|pool", help="How waiting I/O is done.")
+@click.option("--queues", metavar="N", help="Threads that serve connections.  [1-64]")
+@click.option("--workers", metavar="N", help="Threads for I/O that would block.  [1-64]")
+@click.option("--max-connections", metavar="N", help="Clients at once.  [default: 1024]")
+@click.option("--stdio", is_flag=True, help="Serve one client on standard input and output.")
+@common_options
+def serve(
+    app: App,
+    volumes: tuple[str, ...],
+    size: int | None,
+    max_connections: str | None,
+    no_tcp: bool,
+    read_only: bool,
+    stdio: bool,
+    replica: tuple[str, ...],
+    **options: str | None,
+) -> None:
+    """Serve one or more volumes over NBD until SIGINT or SIGTERM.
+
+    A client chooses a volume by its name as export name; VOLUME@SNAPSHOT is a read-only export
+    of a snapshot. A second signal stops at once.
+    """
+    for name in volumes:
+        check_volume_name(name)
+    if options["listen"] is not None:
+        parse_listen(options["listen"])
+
+    import trio
+
+    from lhblock.instance import configure_logging, run_serve, serve_settings
+
+    settings = serve_settings(
+        replica=replica or None,
+        tcp=False if no_tcp else None,
+        read_only=True if read_only else None,
+        connections_max=max_connections,
+        **options,
+    )
+    configure_logging(debug=app.debug, json=app.json, quiet=stdio)
+
+    def on_ready(ready: Ready) -> None:
+        # Standard output is the client's connection.
+        stream = sys.stderr if stdio else sys.stdout
+        if app.json:
+            import json
+
+            print(json.dumps({"event": "ready", **asdict(ready)}), file=stream, flush=True)
+        elif not stdio:
+            print(banner(ready), file=stream, flush=True)
+
+    async def main() -> None:
+        await run_serve(
+            app.data_dir, volumes, settings, size_bytes=size, on_ready=on_ready, stdio=stdio
+        )
+
+    trio.run(main)
+
+
+def banner(ready: Ready) -> str:
+    """Return what people need to attach a client, ready to paste."""
+    lines = [f"lhblock serves from {ready.data_dir} (I/O: {ready.driver}, {ready.driver_reason})"]
+    for volume in ready.volumes[:_SHOWN_VOLUMES_MAX]:
+        mode = ", read-only" if volume.read_only else ""
+        made = ", created" if volume.created else ""
+        lines.append("")
+        lines.append(
+            f"{volume.name}: {format_size(volume.size_bytes)}, {volume.state},"
+            f" cache {volume.cache}{mode}{made}"
+        )
+        lines.extend(f"  {uri}" for uri in volume.uris)
+    hidden = len(ready.volumes) - _SHOWN_VOLUMES_MAX
+    if hidden > 0:
+        lines.append(f"and {hidden} more; see 'lhblock volume ls'")
+    lines.append("")
+    lines.extend(f"Unix socket: {path}" for path in ready.sockets)
+    first = ready.volumes[0]
+    lines.append("attach:")
+    lines.extend(f"  {command}" for command in attach_commands(ready, first.name, first.uris))
+    lines.append("stop with Ctrl-C")
+    return "\n".join(lines)
+
+
+def attach_commands(ready: Ready, name: str, uris: Any) -> list[str]:
+    """Return commands that attach or copy `name`, for addresses that are listened on."""
+    commands = []
+    if ready.listen:
+        host, _, port = ready.listen[0].rpartition(":")
+        host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
+        commands.append(f"nbd-client {host} {port} /dev/nbd0 -N {name}")
+    elif ready.sockets:
+        path = shlex.quote(ready.sockets[0])
+        commands.append(f"nbd-client -unix {path} /dev/nbd0 -N {name}")
+    if uris:
+        uri = shlex.quote(uris[0])
+        commands.append(f"qemu-img convert -n -f qcow2 -O raw disk.qcow2 {uri}")
+        commands.append(f"nbdcopy disk.img {shlex.quote(uris[-1])}")
+    return commands
