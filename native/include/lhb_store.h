@@ -39,6 +39,8 @@ struct lhb_store {
 
   pthread_mutex_t discard_lock; /* discard files: read-modify-write of bits */
 
+  pthread_mutex_t syncing;      /* held through fdatasync and what it marks */
+
   /* Group commit: one fdatasync runs; those who ask meanwhile share the next.
    */
   pthread_mutex_t sync_lock;
@@ -98,6 +100,7 @@ void lhb_store_sync_async (struct lhb_store *store,
                            struct lhb_sync_wait *wait);
 
 /* Layers, for merge.c. */
+int lhb_store_sync_layer (struct lhb_store *store, struct lhb_layer *layer);
 struct lhb_layer *lhb_store_layer (struct lhb_store *store, int id);
 void lhb_store_forget_layer (struct lhb_store *store, int id);
 

@@ -135,16 +135,6 @@ punch (int fd, uint64_t block, uint64_t blocks)
              : 0;
 }
 
-static int
-sync_layer (struct lhb_layer *layer)
-{
-  atomic_store (&layer->dirty, false);
-  if (fdatasync (atomic_load (&layer->fd)) == 0)
-    return 0;
-  atomic_store (&layer->dirty, true);
-  return -errno;
-}
-
 /* What one merge call works with. */
 struct merge {
   struct lhb_volume *volume;    /* NULL: nothing serves the store */
@@ -370,7 +360,7 @@ lhb_merge_up (lhb_volume *volume, lhb_store *store, int lower, int upper,
     err = merge_discards (&merge, merge.lower, merge.upper);
   /* Durable in 'upper' before it is freed in 'lower'. */
   if (copied >= 0 && err == 0)
-    err = sync_layer (merge.upper);
+    err = lhb_store_sync_layer (store, merge.upper);
   if (copied >= 0 && err == 0 && merge.end > merge.block)
     err = punch (atomic_load (&merge.lower->fd), merge.block,
                  merge.end - merge.block);
@@ -443,7 +433,7 @@ lhb_merge_down_finish (lhb_store *store, int lower, int upper)
 
   if (layer == NULL || lhb_store_layer (store, upper) == NULL)
     return -EINVAL;
-  return sync_layer (layer);
+  return lhb_store_sync_layer (store, layer);
 }
 
 /* ---- Prune. */
@@ -477,7 +467,7 @@ lhb_merge_prune (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
     return err;
   /* What hides must be durable before what it hides goes.  Later writes of a
    * serving head only add extents that were not there to be found. */
-  freed = sync_layer (merge.upper);
+  freed = lhb_store_sync_layer (store, merge.upper);
   if (freed == 0)
     freed = for_each_extent (atomic_load (&merge.upper->fd), merge.block,
                              merge.end, punch_hidden, &merge);
@@ -679,7 +669,8 @@ lhb_store_reconcile (lhb_store *source, int source_layer, lhb_store *target,
   if (surplus < 0)
     return surplus;
   changed = changed + surplus + bits;
-  if (changed > 0 && sync_layer (to) != 0)
+  atomic_store (&to->dirty, true);
+  if (changed > 0 && lhb_store_sync_layer (target, to) != 0)
     return -EIO;
   return changed;
 }

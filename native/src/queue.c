@@ -2,7 +2,7 @@
  * the end of the turn what the turn gathered.
  *
  * A turn is: every ready socket, ring and wake-up; then the messages; then the
- * submission of new I/O; then the turn ends.  Everything that a turn made
+ * turn ends; then the submission of new I/O.  Everything that a turn made
  * possible for itself (a message to its own queue, a turn end that asked for
  * another) is done before the thread sleeps again.
  */
@@ -199,7 +199,9 @@ queue_main (void *argument)
   current_queue = queue;
   while (!queue->stopping)
     {
-      bool busy = queue->local.first != NULL || queue->turn_ends != NULL;
+      bool busy = queue->local.first != NULL || queue->turn_ends != NULL
+                  || (queue->uring != NULL
+                      && lhb_uring_unsubmitted (queue->uring) > 0);
       int count = epoll_wait (queue->epoll_fd, events, LHB_EPOLL_EVENTS,
                               busy ? 0 : -1);
 
@@ -214,9 +216,11 @@ queue_main (void *argument)
       if (count > 0)
         take_inbox (queue);
       handle_messages (list_take_all (&queue->local));
+      run_turn_ends (queue);
+      /* Last: turn ends start requests, too.  What the kernel does not take
+       * now is offered again in the next turn. */
       if (queue->uring != NULL)
         (void) lhb_uring_submit (queue->uring);
-      run_turn_ends (queue);
     }
   return NULL;
 }

@@ -43,6 +43,7 @@ lhb_store_open (lhb_engine *engine, int dir_fd, uint64_t size_bytes,
   store->sync_job.done.handle = finish_sync;
   lhb_mutex_init (&store->discard_lock);
   lhb_mutex_init (&store->sync_lock);
+  lhb_mutex_init (&store->syncing);
   store->dir_fd = fcntl (dir_fd, F_DUPFD_CLOEXEC, 0);
   err = store->dir_fd == -1 ? -errno : 0;
   if (err == 0)
@@ -85,6 +86,7 @@ lhb_store_close (lhb_store *store)
   close (store->dir_fd);
   pthread_mutex_destroy (&store->discard_lock);
   pthread_mutex_destroy (&store->sync_lock);
+  pthread_mutex_destroy (&store->syncing);
   free (store);
 }
 
@@ -324,33 +326,51 @@ lhb_store_rename_discard (lhb_store *store, int layer, const char *discard)
   return 0;
 }
 
+/* With 'syncing' held: whoever finds a layer clean knows that the fdatasync
+ * which made it so is over. */
+static int
+sync_dirty_layer (struct lhb_store *store, struct lhb_layer *layer)
+{
+  int fd = atomic_load (&layer->fd);
+  int err;
+
+  /* Cleared before, for a write that ends meanwhile may not be covered. */
+  if (fd < 0 || !atomic_exchange (&layer->dirty, false))
+    return 0;
+  err = lhb_fault (LHB_FAULT_STORE_SYNC, store->id);
+  if (err == 0 && fdatasync (fd) == -1)
+    err = -errno;
+  if (err)
+    {
+      atomic_store (&layer->dirty, true);
+      atomic_store (&store->sync_failed, true);
+    }
+  return err;
+}
+
+int
+lhb_store_sync_layer (struct lhb_store *store, struct lhb_layer *layer)
+{
+  int err;
+
+  pthread_mutex_lock (&store->syncing);
+  err = atomic_load (&store->sync_failed) ? -EIO
+                                          : sync_dirty_layer (store, layer);
+  pthread_mutex_unlock (&store->syncing);
+  return err;
+}
+
 int
 lhb_store_sync (lhb_store *store)
 {
   int first_error = 0;
 
+  pthread_mutex_lock (&store->syncing);
   if (atomic_load (&store->sync_failed))
-    return -EIO;
-  for (int id = 1; id < LHB_MAP_HEAD; id++)
-    {
-      struct lhb_layer *layer = &store->layers[id];
-      int fd = atomic_load (&layer->fd);
-      int err = 0;
-
-      if (fd < 0 || !atomic_exchange (&layer->dirty, false))
-        continue;
-      err = lhb_fault (LHB_FAULT_STORE_SYNC, store->id);
-      if (err == 0 && fdatasync (fd) == -1)
-        err = -errno;
-      if (err)
-        {
-          atomic_store (&layer->dirty, true);
-          if (first_error == 0)
-            first_error = err;
-        }
-    }
-  if (first_error)
-    atomic_store (&store->sync_failed, true);
+    first_error = -EIO;
+  for (int id = 1; id < LHB_MAP_HEAD && first_error == 0; id++)
+    first_error = sync_dirty_layer (store, &store->layers[id]);
+  pthread_mutex_unlock (&store->syncing);
   return first_error;
 }
 
