@@ -142,6 +142,30 @@ merge_into_the_head_keeps_any_lower_but_not_the_id (void)
   lhb_map_close (map);
 }
 
+/* A merge step is half a chunk; here they end inside chunks, too. */
+static void
+merge_into_the_head_in_steps_collapses_and_folds (void)
+{
+  const uint64_t step = CHUNK / 2 + 3;
+  struct lhb_map *map = open_map (2 * CHUNK);
+  uint64_t empty_bytes = lhb_map_bytes (map);
+
+  CHECK_EQUAL (lhb_map_add_layer (map, 3, 0, 2 * CHUNK), 0);
+  CHECK_EQUAL (lhb_map_relabel (map, 0, step, 3, LHB_MAP_HEAD), 0);
+  CHECK_EQUAL (lhb_map_fold_head (map, 4), 0);
+  CHECK_EQUAL (layer_at (map, step - 1), 4);
+  CHECK_EQUAL (layer_at (map, step), 3);
+  CHECK_EQUAL (lhb_map_relabel (map, 0, step, 4, 3), 0);
+  CHECK_EQUAL (lhb_map_bytes (map), empty_bytes);
+  for (uint64_t b = 0; b < 2 * CHUNK; b += step)
+    CHECK_EQUAL (lhb_map_relabel (map, b, b + step < 2 * CHUNK
+                                          ? step : 2 * CHUNK - b,
+                                  3, LHB_MAP_HEAD), 0);
+  CHECK_EQUAL (lhb_map_bytes (map), empty_bytes);
+  CHECK_EQUAL (layer_at (map, 2 * CHUNK - 1), LHB_MAP_HEAD);
+  lhb_map_close (map);
+}
+
 static void
 resize_leaves_new_blocks_empty (void)
 {
@@ -624,6 +648,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (head_hides_the_layers_below_but_they_are_remembered),
   LHB_TEST (discard_hides_head_and_layers),
   LHB_TEST (merge_into_the_head_keeps_any_lower_but_not_the_id),
+  LHB_TEST (merge_into_the_head_in_steps_collapses_and_folds),
   LHB_TEST (resize_leaves_new_blocks_empty),
   LHB_TEST (untouched_or_sequential_tib_takes_less_than_a_mib),
   LHB_TEST (fragmented_tib_takes_less_than_320_mib),

@@ -259,42 +259,49 @@ put_in_box (struct lhb_range_claim *claim)
   pthread_mutex_unlock (&owner->lock);
 }
 
+/* The plain arrays are what ThreadSanitizer watches.  Only the claims may
+ * order the accesses to them, so the test's own atomics order nothing. */
+#define ADD(value, n)                                                         \
+  atomic_fetch_add_explicit ((value), (n), memory_order_relaxed)
+#define LOAD(value) atomic_load_explicit ((value), memory_order_relaxed)
+
 static void
 raise_to (_Atomic uint64_t *value, uint64_t to)
 {
-  uint64_t seen = atomic_load (value);
+  uint64_t seen = LOAD (value);
 
-  while (seen < to && !atomic_compare_exchange_weak (value, &seen, to))
+  while (seen < to
+         && !atomic_compare_exchange_weak_explicit (value, &seen, to,
+                                                    memory_order_relaxed,
+                                                    memory_order_relaxed))
     ;
 }
 
-/* The plain arrays are what ThreadSanitizer watches: only the claims order
- * the accesses to them. */
 static void
 enter (struct stress *s, const struct stress_claim *c)
 {
   if (c->claim.kind == LHB_RANGE_FREEZE) {
-    CHECK_EQUAL (atomic_fetch_sub (&s->active, 1000), 0);
+    CHECK_EQUAL (ADD (&s->active, -1000), 0);
     for (uint64_t b = 0; s->ordered && b < STRESS_BLOCKS; b += REGION)
       CHECK (s->last_write[b] < c->ticket
-             && atomic_load (&s->last_read[b]) < c->ticket);
+             && LOAD (&s->last_read[b]) < c->ticket);
     CHECK (!s->ordered || s->last_freeze < c->ticket);
     s->last_freeze = c->ticket;
     return;
   }
-  CHECK (atomic_fetch_add (&s->active, 1) >= 0);
+  CHECK (ADD (&s->active, 1) >= 0);
   CHECK (!s->ordered || s->last_freeze < c->ticket);
   if (c->claim.kind == LHB_RANGE_FLUSH)
     return;
   for (uint64_t b = c->claim.first_block; b <= c->claim.last_block; b++) {
-    CHECK (!s->ordered || s->last_write[b] < c->ticket);
+    CHECK (s->last_write[b] < c->ticket || !s->ordered);
     if (c->claim.kind == LHB_RANGE_READ) {
-      CHECK (atomic_fetch_add (&s->inside[b], 1) >= 0);
+      CHECK (ADD (&s->inside[b], 1) >= 0);
       raise_to (&s->last_read[b], c->ticket);
     }
     else {
-      CHECK_EQUAL (atomic_fetch_sub (&s->inside[b], 1), 0);
-      CHECK (!s->ordered || atomic_load (&s->last_read[b]) < c->ticket);
+      CHECK_EQUAL (ADD (&s->inside[b], -1), 0);
+      CHECK (!s->ordered || LOAD (&s->last_read[b]) < c->ticket);
       s->last_write[b] = c->ticket;
     }
   }
@@ -304,16 +311,16 @@ static void
 leave (struct stress *s, const struct stress_claim *c)
 {
   if (c->claim.kind == LHB_RANGE_FREEZE) {
-    CHECK_EQUAL (atomic_fetch_add (&s->active, 1000), -1000);
+    CHECK_EQUAL (ADD (&s->active, 1000), -1000);
     return;
   }
   if (c->claim.kind != LHB_RANGE_FLUSH) {
     int change = c->claim.kind == LHB_RANGE_READ ? -1 : 1;
 
     for (uint64_t b = c->claim.first_block; b <= c->claim.last_block; b++)
-      CHECK (atomic_fetch_add (&s->inside[b], change) * change < 0);
+      CHECK (ADD (&s->inside[b], change) * change < 0);
   }
-  CHECK (atomic_fetch_sub (&s->active, 1) > 0);
+  CHECK (ADD (&s->active, -1) > 0);
 }
 
 /* Half of the claims meet around the borders of shards 0, 1 and the last. */
@@ -361,7 +368,7 @@ submit (struct stress_thread *t, struct stress_claim *c)
   if (granted)
     put_in_box (&c->claim);
   else
-    atomic_fetch_add (&s->waits, 1);
+    ADD (&s->waits, 1);
 }
 
 static void *
@@ -386,7 +393,7 @@ stress_thread_run (void *argument)
     c->inside = true;
     enter (t->stress, c);
     if (c->claim.kind == LHB_RANGE_FREEZE)
-      atomic_fetch_add (&t->stress->freezes, 1);
+      ADD (&t->stress->freezes, 1);
     leave (t->stress, c);
     c->inside = false;
     lhb_range_release (t->stress->table, &c->claim);
@@ -454,12 +461,45 @@ threads_are_granted_overlaps_in_the_order_of_claims (void)
   stress_run (true);
 }
 
+/* One claim locks the last shard and the first, the other one all of them. */
+static void *
+claim_again_and_again (void *argument)
+{
+  struct probe *probe = argument;
+
+  for (int i = 0; i < 100000; i++) {
+    CHECK (lhb_range_acquire (line_table, &probe->claim));
+    lhb_range_release (line_table, &probe->claim);
+  }
+  return NULL;
+}
+
+static void
+claims_around_the_last_shard_do_not_deadlock (void)
+{
+  const uint64_t turn = (uint64_t) LHB_RANGE_SHARDS * REGION;
+  struct probe probes[] = {
+    probe_of (LHB_RANGE_READ, turn - 1, turn),
+    probe_of (LHB_RANGE_READ, 0, turn),
+  };
+  pthread_t ids[2];
+
+  line_table = open_table ();
+  for (unsigned i = 0; i < 2; i++)
+    CHECK_EQUAL (pthread_create (&ids[i], NULL, claim_again_and_again,
+                                 &probes[i]), 0);
+  for (unsigned i = 0; i < 2; i++)
+    CHECK_EQUAL (pthread_join (ids[i], NULL), 0);
+  lhb_range_close (line_table);
+}
+
 static const struct lhb_test tests[] = {
   LHB_TEST (reads_share_and_writes_exclude),
   LHB_TEST (flush_waits_for_a_freeze_only_and_freeze_for_all),
   LHB_TEST (overlap_is_found_across_regions_and_shards),
   LHB_TEST (claims_are_granted_in_the_order_of_arrival),
   LHB_TEST (long_line_of_claims_released_in_their_callbacks_does_not_recurse),
+  LHB_TEST (claims_around_the_last_shard_do_not_deadlock),
   LHB_TEST (threads_exclude_each_other_and_all_are_granted),
   LHB_TEST (threads_are_granted_overlaps_in_the_order_of_claims),
 };
