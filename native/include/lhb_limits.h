@@ -42,7 +42,7 @@
 
 /* A buffered write slower than this sends the store's writes to the driver
  * for LHB_SLOW_PENALTY_NS, so that a throttled disk does not stall a queue. */
-#define LHB_SLOW_WRITE_NS 5000000ull
-#define LHB_SLOW_PENALTY_NS 200000000ull
+#define LHB_SLOW_WRITE_NS 20000000ull
+#define LHB_SLOW_PENALTY_NS 100000000ull
 
 #endif
