@@ -6,9 +6,11 @@ kernel chooses the TCP port before the server exists, so nothing needs to read i
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +46,9 @@ def activated(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``command`` with ``listener`` as its activation socket; SIGTERM on leaving.
 
+    A server that ends early takes the socket with it, so that clients fail instead of waiting for
+    somebody to accept them. After a clean stop the socket can be given to the next server.
+
     Args:
       log: receives standard output and error, and is shown when the server ends early.
     """
@@ -58,12 +63,27 @@ def activated(
             pass_fds=[listener.fileno()],
         ) as server,
     ):
+        stopping = threading.Event()
+        watcher = threading.Thread(target=_refuse_when_dead, args=(server, listener, stopping))
+        watcher.start()
         try:
             yield server
-            died = server.poll()
-            assert died is None, f"{command[0]} ended early with {died}:\n{log.read_text()}"
+            stopping.set()
             server.terminate()
             server.wait(STOP_TIMEOUT_S)
         finally:
-            if server.poll() is None:
-                server.kill()
+            early = not stopping.is_set() and server.poll() is not None
+            stopping.set()
+            server.kill()
+            watcher.join()
+            if early:
+                print(f"{command[0]} ended early:\n{log.read_text()}", file=sys.stderr)
+
+
+def _refuse_when_dead(
+    server: subprocess.Popen[bytes], listener: socket.socket, stopping: threading.Event
+) -> None:
+    server.wait()
+    if not stopping.is_set():
+        with contextlib.suppress(OSError):  # the test may have closed it by now
+            listener.shutdown(socket.SHUT_RDWR)

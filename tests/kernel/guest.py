@@ -16,7 +16,7 @@ from tests.kernel.initramfs import script_archive
 HOST = "10.0.2.2"
 MEMORY_MIB = 384
 # Emulation on a loaded machine is slow; a run that hangs is still ended, with its console shown.
-TIMEOUT_S = 420.0
+TIMEOUT_S = 300.0
 
 
 class GuestFailed(AssertionError):
