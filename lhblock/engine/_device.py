@@ -18,7 +18,7 @@ from lhblock._native import (
     NativeVolume,
 )
 from lhblock.engine._threads import run_io
-from lhblock.errors import NativeError, SizeError, VolumeError
+from lhblock.errors import NativeError, NotServing, SizeError, VolumeError
 
 T = TypeVar("T")
 
@@ -101,8 +101,11 @@ class Device:
           read_only: refuse changes on this connection.
 
         Raises:
+          NotServing: it is being closed.
           VolumeError: the core refused, for instance because memory ran out.
         """
+        if self._native.closed:
+            raise NotServing(self.name, "is being closed; connect again when it is back")
         flags = NBD_STRUCTURED if structured else 0
         if base_allocation_id is not None:
             flags |= NBD_BASE_ALLOCATION

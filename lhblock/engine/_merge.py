@@ -140,6 +140,8 @@ class Merger:
         self._idle = trio.Event()
         self._job: JobInfo | None = None
         self._error = ""
+        self._scope = trio.CancelScope()
+        self._stopped = trio.Event()
 
     def wake(self) -> None:
         """Something changed: look for work again."""
@@ -165,18 +167,27 @@ class Merger:
             raise VolumeError(self._name, self._error)
 
     async def run(self) -> None:
-        """Merge until cancelled.
+        """Merge until :meth:`stop`.
 
         Cancelled between steps; the next open goes on.
         """
-        while True:
-            while self._wake.is_set():
-                self._wake = trio.Event()
-                self._error = ""
-                for member in self._replicas.usable:
-                    await self._merge_member(member)
-            self._idle.set()
-            await self._wake.wait()
+        try:
+            with self._scope:
+                while True:
+                    while self._wake.is_set():
+                        self._wake = trio.Event()
+                        self._error = ""
+                        for member in self._replicas.usable:
+                            await self._merge_member(member)
+                    self._idle.set()
+                    await self._wake.wait()
+        finally:
+            self._stopped.set()
+
+    async def stop(self) -> None:
+        """End :meth:`run`, which was started, and wait until its last step is over."""
+        self._scope.cancel()
+        await self._stopped.wait()
 
     async def _merge_member(self, member: Member) -> None:
         skipped: set[str] = set()

@@ -26,7 +26,7 @@ from lhblock.engine._generations import leave_behind
 from lhblock.engine._info import ReplicaInfo, VolumeState
 from lhblock.engine._member import Member, MemberState, sentence
 from lhblock.engine._threads import run_fence, run_metadata
-from lhblock.errors import LhblockError, NativeError, ReplicaIO, VolumeFaulted
+from lhblock.errors import LhblockError, NativeError, NotServing, ReplicaIO, VolumeFaulted
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +40,7 @@ class ReplicaSet:
       name: the volume's, for messages.
       members: in configured order, at least one usable.
       native: what the usable stores are published to; :meth:`publish` does it first.
+      read_only: nothing can be missed, so a fence has nothing to write down.
       deliver_events: brings events that wait in the ring to :meth:`note_failure`.
       on_faulted: called once, when no replica is left that acknowledgements could rest on.
     """
@@ -50,6 +51,7 @@ class ReplicaSet:
         members: Sequence[Member],
         native: NativeVolume,
         *,
+        read_only: bool,
         deliver_events: Callable[[], None],
         on_faulted: Callable[[], None],
     ) -> None:
@@ -61,6 +63,8 @@ class ReplicaSet:
         self._freeze_lock = trio.Lock()
         self._published: list[NativeStore] = []
         self._faulted = ""
+        self._closed = False
+        self._read_only = read_only
         self.members = list(members)
         self.failures = 0
         self.pause_ns_last = 0
@@ -152,8 +156,8 @@ class ReplicaSet:
         """
         with trio.CancelScope(shield=True):
             async with self._fence_lock:
-                while failing := self._failing():
-                    if await self._name_left_behind(failing):
+                while not self._closed and (failing := self._failing()):
+                    if self._read_only or await self._name_left_behind(failing):
                         self._release(failing)
 
     async def withdraw(self) -> None:
@@ -169,8 +173,23 @@ class ReplicaSet:
             if member.state is MemberState.LEFT and member.dropped_by_core
         ]
         if [store for store in self._published if store not in dropped] != usable:
-            async with self.frozen():
-                pass
+            try:
+                async with self.frozen():
+                    pass
+            except NotServing:
+                return  # closed meanwhile: nothing is published any more
+
+    async def close_native(self) -> None:
+        """Close connections, end requests, and let nobody use the native volume any more.
+
+        A replica that fails from here on is not fenced: what it missed is not acknowledged. Not
+        cancelled.
+        """
+        with trio.CancelScope(shield=True):
+            await self.fence()
+            async with self._freeze_lock, self._fence_lock:
+                self._closed = True
+                await run_metadata(self._native.close)
 
     def _failing(self) -> list[Member]:
         return [member for member in self.members if member.state is MemberState.FAILING]
@@ -220,9 +239,12 @@ class ReplicaSet:
         Not cancelled: the block is short and shielded.
 
         Raises:
+          NotServing: the volume is being closed.
           LhblockError: I/O could not be frozen; nothing happened.
         """
         async with self._freeze_lock:
+            if self._closed:
+                raise NotServing(self._name, "is being closed")
             with trio.CancelScope(shield=True):
                 await run_metadata(self._native.freeze)
                 begun_ns = time.monotonic_ns()

@@ -54,7 +54,8 @@ class Scrubber:
     Args:
       name: the volume's, for messages.
       replicas: whose usable members are looked at.
-      lock: the structure lock; held per layer, so that no merge writes what is being read.
+      lock: the structure lock; held while a layer is repaired. Reading needs no lock: whatever
+        changes a layer moves its ctime, and then its record says nothing any more.
     """
 
     def __init__(self, name: str, replicas: ReplicaSet, lock: trio.Lock) -> None:
@@ -76,9 +77,8 @@ class Scrubber:
                 )
 
         for member in self._replicas.usable:
-            async with self._lock:
-                if member.state is MemberState.USABLE:
-                    await run_metadata(hash_layer, member)
+            if member.state is MemberState.USABLE:
+                await run_metadata(hash_layer, member)
 
     async def scrub(self) -> ScrubReport:
         """See :meth:`Volume.scrub`."""
@@ -93,23 +93,22 @@ class Scrubber:
             }
         )
         for image in images:
-            async with self._lock:
-                damaged: list[_Damage] = []
-                good: list[tuple[Member, ChecksumRecord]] = []
-                for member in self._replicas.usable:
-                    disk = member.directory.disks.get(image)
-                    if disk is None or disk.removed:
-                        continue
-                    checked = await run_metadata(_verify, member, image)
-                    if checked is None:
-                        without_record += 1
-                    elif isinstance(checked, _Damage):
-                        damaged.append(checked)
-                    else:
-                        good.append((member, checked))
-                        verified += 1
-                for damage in damaged:
-                    mismatches.append(await self._repair(damage, good))
+            damaged: list[_Damage] = []
+            good: list[tuple[Member, ChecksumRecord]] = []
+            for member in self._replicas.usable:
+                disk = member.directory.disks.get(image)
+                if disk is None or disk.removed:
+                    continue
+                checked = await run_metadata(_verify, member, image)
+                if checked is None:
+                    without_record += 1
+                elif isinstance(checked, _Damage):
+                    damaged.append(checked)
+                else:
+                    good.append((member, checked))
+                    verified += 1
+            for damage in damaged:
+                mismatches.append(await self._repair(damage, good))
         return ScrubReport(verified, without_record, tuple(mismatches))
 
     async def _repair(
@@ -120,7 +119,8 @@ class Scrubber:
             if record.checksum != damage.record.checksum:
                 continue
             try:
-                await run_metadata(_copy_layer, source, damage)
+                async with self._lock:
+                    await run_metadata(_copy_layer, source, damage)
             except (LhblockError, OSError) as error:
                 log.error("repair failed", replica=str(damage.member.path), reason=sentence(error))
                 continue
@@ -176,6 +176,8 @@ def _verify(member: Member, image: str) -> ChecksumRecord | _Damage | None:
     if found == record.checksum:
         return record
     with _named(member, f"record that {image} is damaged"):
+        if valid_checksum(directory.dir_fd, image) != record:
+            return None  # it was merged meanwhile
         write_checksum(directory.dir_fd, image, replace(record, silently_corrupted=True))
     return _Damage(member, image, record, found)
 
@@ -189,6 +191,9 @@ def _copy_layer(source: Member, damage: _Damage) -> None:
     image, target = damage.image, damage.member
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
     with _named(target, f"repair {image}"):
+        marked = valid_checksum(target.directory.dir_fd, image)
+        if marked is None or valid_checksum(source.directory.dir_fd, image) is None:
+            raise ReplicaIO(target.path, f"{image} was changed meanwhile")
         source_fd = os.open(image, os.O_RDONLY | flags, dir_fd=source.directory.dir_fd)
         try:
             target_fd = os.open(image, os.O_RDWR | flags, dir_fd=target.directory.dir_fd)

@@ -12,7 +12,7 @@ import trio
 
 from lhblock._native import VOLUME_READ_ONLY, Event, EventType, NativeVolume
 from lhblock.engine._config import VolumeConfig
-from lhblock.engine._device import Device
+from lhblock.engine._device import Connection, Device
 from lhblock.engine._info import JobInfo, ReplicaInfo, ScrubReport, SnapshotInfo, VolumeState
 from lhblock.engine._limits import SnapshotLimits
 from lhblock.engine._member import Member, MemberState
@@ -59,6 +59,7 @@ class Volume(Device):
             config.name,
             members,
             native,
+            read_only=config.read_only,
             deliver_events=engine.deliver_events,
             on_faulted=self.close_connections,
         )
@@ -295,6 +296,28 @@ class Volume(Device):
         self._refuse_read_only("scrub")
         return await self._scrubber.scrub()
 
+    def attach(
+        self,
+        fd: int,
+        *,
+        structured: bool,
+        base_allocation_id: int | None = None,
+        read_only: bool = False,
+    ) -> Connection:
+        """See :meth:`Device.attach`; a volume without a usable replica takes no client.
+
+        Raises:
+          VolumeFaulted: no replica is usable.
+          VolumeError: the core refused.
+        """
+        self._replicas.check()
+        return super().attach(
+            fd,
+            structured=structured,
+            base_allocation_id=base_allocation_id,
+            read_only=read_only,
+        )
+
     # ---- Events and the end.
 
     def on_event(self, event: Event) -> None:
@@ -322,7 +345,7 @@ class Volume(Device):
 
     def _users(self) -> str:
         if self.connections:
-            return f"{self.connections} clients are connected"
+            return f"clients are connected ({self.connections})"
         if self._views.open_snapshots:
             return f"snapshot {self._views.open_snapshots[0]!r} is open"
         return ""
@@ -344,8 +367,11 @@ class Volume(Device):
             self._nursery.start_soon(self._merger.run)
 
     async def _close_native(self) -> None:
-        # Fences go on until the last request was answered.
-        await run_metadata(self._native.close)
+        # A merge step uses the native volume from a thread of its own: it ends first.
+        if not self.read_only:
+            await self._merger.stop()
+        async with self._snapshots.lock:
+            await self._replicas.close_native()
 
 
 @asynccontextmanager

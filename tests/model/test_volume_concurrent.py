@@ -79,7 +79,8 @@ async def test_replica_that_fails_under_load_delays_but_never_loses_anything(
                     nursery.start_soon(write_rounds, volume, writer, ROUNDS, reached)
                 for number in range(5):
                     await volume.create_snapshot(f"s{number}")
-                    await check_regions(await volume.read(0, SIZE_BYTES), list(reached))
+                    before = list(reached)
+                    await check_regions(await volume.read(0, SIZE_BYTES), before)
         assert sorted(info.mode for info in volume.replicas()) == ["ERR", "RW", "RW"]
         lost = [info.mode for info in volume.replicas()].index("ERR")
         content = await volume.read(0, SIZE_BYTES)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import trio
 
 from lhblock.engine import Volume, VolumeConfig, open_engine
 from lhblock.errors import (
@@ -289,3 +290,53 @@ async def test_merge_without_space_keeps_the_replica_and_is_tried_again(
         await volume.wait_merged()
         assert volume.snapshots() == ()
         assert await volume.read(0, 2 * BLOCK) == b"2" * BLOCK + b"1" * BLOCK
+
+
+async def test_read_only_volume_drops_a_replica_without_writing_anything(
+    files: VolumeFiles,
+) -> None:
+    async with files.open() as volume:
+        await volume.write(0, b"x" * BLOCK)
+        await volume.create_snapshot("s1")
+    before = [generation_of(path).counter for path in files.paths]
+    async with files.open(read_only=True) as volume:
+        with fault("store.fiemap", errno.EIO):
+            async with volume.open_view("s1") as view:
+                assert await view.read(0, BLOCK) == b"x" * BLOCK
+        assert sorted(modes(volume)) == ["ERR", "RW", "RW"]
+        assert await volume.read(0, BLOCK) == b"x" * BLOCK
+    assert [generation_of(path).counter for path in files.paths] == before
+
+
+async def test_cancelled_block_closes_cleanly(files: VolumeFiles) -> None:
+    with trio.CancelScope() as scope:
+        async with files.open() as volume:
+            await volume.write(0, b"x")
+            scope.cancel()
+            await trio.sleep_forever()
+    for path in files.paths:
+        with ReplicaDirectory.open(path, read_only=True) as directory:
+            assert not directory.was_dirty
+
+
+async def test_closing_in_the_middle_of_a_merge_leaves_it_to_the_next_open(
+    tmp_path: Path,
+) -> None:
+    # Three steps of a merge, sparse, so that the volume is closed between two of them.
+    size_bytes = 3 * (64 << 20)
+    files = await VolumeFiles.create(tmp_path, replicas=1, size_bytes=size_bytes)
+    async with files.open() as volume:
+        for place in range(0, size_bytes, 1 << 20):
+            await volume.write(place, b"a" * BLOCK)
+        await volume.create_snapshot("s1")
+        await volume.write(BLOCK, b"b" * BLOCK)
+        await volume.create_snapshot("s2")
+        await volume.remove_snapshot("s1")
+        while not volume.jobs():
+            await trio.lowlevel.checkpoint()
+    async with files.open() as volume:
+        await volume.wait_merged()
+        assert [info.name for info in volume.snapshots()] == ["s2"]
+        for place in range(0, size_bytes, 1 << 20):
+            assert await volume.read(place, 1) == b"a"
+        assert await volume.read(BLOCK, 1) == b"b"
