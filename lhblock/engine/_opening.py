@@ -133,6 +133,7 @@ class Opening:
                 await self._agree(written)
                 if not self._config.read_only:
                     await self._record_missing()
+                    await self._each(lambda member: member.directory.note_repaired())
             except BaseException:
                 await self.abandon()
                 raise
@@ -232,7 +233,9 @@ class Opening:
 
     async def _agree(self, written: bool) -> None:
         usable = [member for member in self._order if member.state is MemberState.USABLE]
-        torn = written or any(member.directory.was_dirty for member in usable)
+        torn = written or any(
+            member.directory.was_dirty or member.directory.torn for member in usable
+        )
         if self._config.read_only:
             if torn:
                 for member in usable[1:]:
@@ -287,7 +290,7 @@ class Opening:
             source = usable[0]
         # A leftover means that a crash met a change of the tree: the snapshot being taken was never
         # acknowledged, and its data may have reached one disk and not another.
-        torn_snapshot = any(member.directory.cleaned for member in usable)
+        torn_snapshot = any(member.directory.torn for member in usable)
 
         def merge(member: Member) -> None:
             head = member.directory.head

@@ -69,8 +69,10 @@ class ReplicaDirectory:
       read_only: nothing is changed, leftovers are passed over.
       was_dirty: the last user did not close it.
       cleaned: a sentence for each leftover that open removed or repaired.
+      torn: a crash met a change of the tree here, so that a snapshot in the making may lack data
+        that others have. Kept until ``note_repaired``.
       written_elsewhere: why another program must have written to it since our last close; empty if
-        none.
+        none. Kept until ``note_repaired``.
     """
 
     def __init__(self, path: Path, dir_fd: int, lock: DirectoryLock, *, read_only: bool) -> None:
@@ -80,6 +82,7 @@ class ReplicaDirectory:
         self.read_only = read_only
         self.was_dirty = False
         self.cleaned: tuple[str, ...] = ()
+        self.torn = False
         self.written_elsewhere = ""
         self._lock = lock
         self._volume = VolumeMeta()
@@ -157,7 +160,9 @@ class ReplicaDirectory:
             self._generation = self._read_generation()
             self._probe_head(volume.head, probe)
         self.was_dirty = volume.dirty
+        self.torn = bool(plan.steps) or (self._generation is not None and self._generation.torn)
         self.written_elsewhere = self._why_written_elsewhere(volume)
+        self._set_view(view)
         discards = [name for name in survey.names if names.image_of_discard(name) is not None]
         if self.read_only:
             if self.written_elsewhere and discards:
@@ -166,42 +171,51 @@ class ReplicaDirectory:
                     f"{self.written_elsewhere} and its discards are out of date; open it for "
                     "writing once",
                 )
-            self._set_view(view)
             return
+        self._mark_open(survey.volume_bytes)
         with _doing(self.path, "clean it up"):
             cleaned = run_cleanup(self.dir_fd, plan, survey)
             if plan.steps:
                 survey = take_survey(self.path, self.dir_fd)
-                view = make_view(self.path, survey, volume, frozenset())
-            self.cleaned = cleaned + self._repair(view, discards)
-        self._set_view(view)
-        with _doing(self.path, "mark it as in use"):
-            marked = replace(volume, dirty=True, error="", parent=view.chain[-1].parent)
-            # A full disk can be opened again after a crash, because then there is nothing to write.
-            if encode_volume(marked) != survey.volume_bytes:
-                self._write_volume(marked)
-            self._volume = marked
-            if self._generation is not None and self._generation.head is not None:
-                self.write_generation(self._generation)
+                view = make_view(self.path, survey, self._volume, frozenset())
+                self._set_view(view)
+            self.cleaned = cleaned + self._repair(volume, discards)
             keep_spare(self.dir_fd)
 
-    def _repair(self, view: View, discards: list[str]) -> tuple[str, ...]:
+    def _mark_open(self, volume_bytes: bytes) -> None:
+        """Write down that it is in use, and what was found, before anything else is changed.
+
+        ``Dirty`` first: a generation without a fingerprint in a directory that is not dirty means
+        that another program has closed it.
+        """
+        with _doing(self.path, "mark it as in use"):
+            marked = replace(self._volume, dirty=True, error="", parent=self.head.parent)
+            # A full disk can be opened again after a crash, because then there is nothing to write.
+            if encode_volume(marked) != volume_bytes:
+                self._write_volume(marked)
+            self._volume = marked
+            if self._generation is not None:
+                opened = self._with_doubts(replace(self._generation, head=None))
+                if opened != self._generation:
+                    self._store_generation(opened)
+
+    def _with_doubts(self, generation: Generation) -> Generation:
+        return replace(generation, torn=self.torn, written_elsewhere=self.written_elsewhere)
+
+    def _repair(self, volume: VolumeMeta, discards: list[str]) -> tuple[str, ...]:
         """What is no leftover but has to be put right before writing."""
         done: list[str] = []
-        if view.volume.error:
-            done.append(f"cleared the error {view.volume.error!r:.200}: all images are sound")
-        state = stat_file(self.dir_fd, view.volume.head)
-        if state is not None and state.st_size < view.volume.size_bytes:
-            fd = self._open_image(view.volume.head, os.O_RDWR)
+        if volume.error:
+            done.append(f"cleared the error {volume.error!r:.200}: all images are sound")
+        state = stat_file(self.dir_fd, volume.head)
+        if state is not None and state.st_size < volume.size_bytes:
+            fd = self._open_image(volume.head, os.O_RDWR)
             try:
-                os.ftruncate(fd, view.volume.size_bytes)
+                os.ftruncate(fd, volume.size_bytes)
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            done.append(
-                f"extended {view.volume.head} from {state.st_size} to "
-                f"{view.volume.size_bytes} bytes"
-            )
+            done.append(f"extended {volume.head} from {state.st_size} to {volume.size_bytes} bytes")
         # We do not count writes, and Longhorn would take a counter that stood still for an old
         # replica.
         if unlink_if_there(self.dir_fd, names.REVISION_COUNTER):
@@ -233,6 +247,8 @@ class ReplicaDirectory:
     def _why_written_elsewhere(self, volume: VolumeMeta) -> str:
         if self._generation is None:
             return ""
+        if self._generation.written_elsewhere:
+            return self._generation.written_elsewhere
         before = self._generation.head
         if before is None:
             # We never clear Dirty without leaving a fingerprint.
@@ -549,12 +565,32 @@ class ReplicaDirectory:
     def write_generation(self, generation: Generation) -> None:
         """Replace the generation, durable when it returns.
 
+        What this directory knows of itself (``head``, ``torn``, ``written_elsewhere``) is not taken
+        from the argument.
+
         Raises:
           ReplicaIO: the old one is still there.
         """
         assert not self.read_only
         with _doing(self.path, "write its generation"):
-            self._store_generation(replace(generation, head=None))
+            self._store_generation(self._with_doubts(replace(generation, head=None)))
+
+    def note_repaired(self) -> None:
+        """Forget ``torn`` and ``written_elsewhere``, durable when it returns.
+
+        For a caller who has made this replica equal to the others, or knows that it is alone. Until
+        then every open finds them again, so that a crash, or a refusal by ``choose``, in between
+        does not hide them.
+
+        Raises:
+          ReplicaIO: the next open will find them again.
+        """
+        assert not self.read_only
+        if not (self.torn or self.written_elsewhere):
+            return
+        self.torn, self.written_elsewhere = False, ""
+        if self._generation is not None:
+            self.write_generation(self._generation)
 
     def set_rebuilding(self, rebuilding: bool) -> None:
         """Note that this copy is, or is no longer, incomplete; durable when it returns.

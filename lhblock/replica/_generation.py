@@ -76,7 +76,8 @@ class Generation:
     """What one replica knows of its volume and of the others.
 
     ``members`` are the replica ids that have every write of this generation. ``head`` is None while
-    the directory is open for writing.
+    the directory is open for writing. ``torn`` and ``written_elsewhere`` are what an open found and
+    nobody has made good since; see ``ReplicaDirectory``.
     """
 
     volume_id: str
@@ -86,6 +87,8 @@ class Generation:
     history: tuple[HistoryEntry, ...]
     members: tuple[str, ...]
     head: HeadFingerprint | None = None
+    torn: bool = False
+    written_elsewhere: str = ""
     version: int = _VERSION
 
     def encode(self) -> bytes:
@@ -131,6 +134,8 @@ class Generation:
                 _count(head["mtime_ns"]),
                 _count(head["blocks"]),
             ),
+            torn=payload["torn"] is True,
+            written_elsewhere=_text(payload["written_elsewhere"]),
         )
 
     def knows(self, counter: int, generation: str) -> bool | None:

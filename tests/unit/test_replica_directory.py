@@ -682,8 +682,44 @@ def test_a_foreign_write_is_noticed_and_ends_the_discards(path: Path) -> None:
         assert "another program has written" in directory.written_elsewhere
         assert any("lhblock.discard.head-000" in each for each in directory.cleaned)
         assert not (path / "lhblock.discard.head-000").exists()
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_foreign_write_is_told_at_every_open_until_it_is_made_good(
+    clean: bool, path: Path
+) -> None:
+    with (path / "volume-head-000.img").open("r+b") as file:
+        file.write(b"foreign")
+    for _ in range(2):
+        directory = ReplicaDirectory.open(path)
+        assert directory.written_elsewhere
+        assert directory.generation is not None
+        directory.write_generation(GENERATION)
+        directory.close(clean=clean)
+    with ReplicaDirectory.open(path) as directory:
+        directory.note_repaired()
+        (path / "lhblock.discard.head-000").write_bytes(b"1")
+        assert directory.written_elsewhere == ""
     with ReplicaDirectory.open(path) as directory:
         assert directory.written_elsewhere == ""
+        assert (path / "lhblock.discard.head-000").exists()
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_torn_change_is_told_at_every_open_until_it_is_made_good(clean: bool, path: Path) -> None:
+    ReplicaDirectory.open(path).close()
+    (path / "volume-snap-s.img").hardlink_to(path / "volume-head-000.img")
+    with ReplicaDirectory.open(path, read_only=True) as directory:
+        assert directory.torn
+    for number in range(2):
+        directory = ReplicaDirectory.open(path)
+        assert directory.torn
+        assert len(directory.cleaned) == (number == 0)
+        directory.close(clean=clean)
+    with ReplicaDirectory.open(path) as directory:
+        directory.note_repaired()
+    with ReplicaDirectory.open(path) as directory:
+        assert not directory.torn
 
 
 def test_a_foreign_session_after_our_crash_is_noticed(path: Path) -> None:
