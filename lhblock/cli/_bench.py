@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lhblock.cli._app import App, common_options, confirm
-from lhblock.cli._names import volume_argument
+from lhblock.cli._names import SizeType, volume_argument
 from lhblock.cli._output import note, print_json, print_table
 from lhblock.errors import LhblockError, UsageError
 from lhblock.settings import check_volume_name, format_size
@@ -33,11 +33,16 @@ Advance = Callable[[str, float], None]
     show_default=True,
     help="Duration of each measurement.",
 )
+@click.option(
+    "--size", type=SizeType(), help="Size of the scratch volume.  [default: 1G, if there is space]"
+)
 @click.option("--here", is_flag=True, help="Measure VOLUME itself: reads only.")
 @click.option("--write", is_flag=True, help="With --here: also writes. DESTROYS ITS CONTENT.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @common_options
-def bench(app: App, volume: str, seconds: float, here: bool, write: bool, yes: bool) -> None:
+def bench(
+    app: App, volume: str, seconds: float, size: int | None, here: bool, write: bool, yes: bool
+) -> None:
     """Measure how fast a volume like VOLUME is on this machine.
 
     A scratch volume is made beside VOLUME, with as many replicas on the same disks and the same
@@ -46,6 +51,8 @@ def bench(app: App, volume: str, seconds: float, here: bool, write: bool, yes: b
     check_volume_name(volume)
     if write and not here:
         raise UsageError("--write goes with --here; without it a scratch volume is written")
+    if size is not None and here:
+        raise UsageError("--size is for the scratch volume; --here measures the volume itself")
 
     from lhblock.instance import bench as measuring
 
@@ -56,7 +63,7 @@ def bench(app: App, volume: str, seconds: float, here: bool, write: bool, yes: b
         confirm(f"Overwrite volume {volume} with random data?", yes=yes)
     patterns = [item for item in measuring.PATTERNS if write or not here or not item.writes]
     with (
-        _target(app, record, here=here, write=write) as target,
+        _target(app, record, here=here, write=write, size_bytes=size) as target,
         _bar(len(patterns) * seconds + (0 if here else _FILL_S), show=not app.json) as advance,
     ):
         if not here:
@@ -101,7 +108,9 @@ def bench(app: App, volume: str, seconds: float, here: bool, write: bool, yes: b
 
 
 @contextlib.contextmanager
-def _target(app: App, record: VolumeRecord, *, here: bool, write: bool) -> Iterator[Target]:
+def _target(
+    app: App, record: VolumeRecord, *, here: bool, write: bool, size_bytes: int | None
+) -> Iterator[Target]:
     import trio
 
     from lhblock.instance import answering_address
@@ -109,7 +118,7 @@ def _target(app: App, record: VolumeRecord, *, here: bool, write: bool) -> Itera
 
     if not here:
         with (
-            scratch_volume(app.registry, record, trio.run) as scratch,
+            scratch_volume(app.registry, record, trio.run, size_bytes=size_bytes) as scratch,
             serving_child(app.data_dir.path, scratch.name, read_only=False) as target,
         ):
             yield target

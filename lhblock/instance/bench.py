@@ -98,23 +98,29 @@ def require_fio() -> str:
 
 @contextlib.contextmanager
 def scratch_volume(
-    registry: Registry, beside: VolumeRecord, run: Callable[..., VolumeRecord]
+    registry: Registry,
+    beside: VolumeRecord,
+    run: Callable[..., VolumeRecord],
+    *,
+    size_bytes: int | None = None,
 ) -> Iterator[VolumeRecord]:
     """Make a volume with a replica beside each of `beside`'s; it is removed with the block.
 
     Args:
       run: calls an async function and returns its result, like `trio.run`.
+      size_bytes: None takes what the free space allows, `SCRATCH_BYTES_MAX` at most.
 
     Raises:
       LhblockError: there is too little space, or a directory cannot be made.
     """
     free_bytes = min(shutil.disk_usage(path.parent).free for path in beside.paths)
     share = free_bytes // FREE_SPACE_PARTS // len(beside.paths)
-    size_bytes = min(SCRATCH_BYTES_MAX, share // _MIB * _MIB)
-    if size_bytes < SCRATCH_BYTES_MIN:
+    size_bytes = size_bytes or min(SCRATCH_BYTES_MAX, share // _MIB * _MIB)
+    if size_bytes > share or size_bytes < SCRATCH_BYTES_MIN:
         raise LhblockError(
-            f"too little space for a scratch volume beside {beside.name}: {free_bytes} bytes are"
-            " free; --here measures reads of the volume itself"
+            f"no scratch volume of {size_bytes} bytes beside {beside.name}: it takes"
+            f" {SCRATCH_BYTES_MIN} bytes at least and 1/{FREE_SPACE_PARTS} of the {free_bytes}"
+            " free bytes at most; --here measures reads of the volume itself"
         )
     name = f"bench-{secrets.token_hex(4)}"
     paths = [path.parent / f"{name}.{index}" for index, path in enumerate(beside.paths)]

@@ -1,0 +1,391 @@
+"""``lhblock serve`` as real processes, on data directories of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.empty_pb2 import Empty
+
+from lhblock.errors import ControlError
+from lhblock.rpc import CONTROLLER, HEALTH, RpcClient
+from lhblock.rpc.generated import controller_pb2, health_pb2
+from tests.activation import listen_unix
+
+pytestmark = pytest.mark.live
+
+TIMEOUT_S = 60.0
+MIB = 1 << 20
+
+
+class ToolFailed(Exception):
+    """A client program ended with an error; what it said."""
+
+
+class Serve:
+    """A serving process that said it is ready."""
+
+    def __init__(self, process: subprocess.Popen[str], data_dir: Path) -> None:
+        self.process = process
+        self.data_dir = data_dir
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate(timeout=TIMEOUT_S)[1]
+        self.ready = json.loads(line)
+
+    def uri(self, export: str = "db") -> str:
+        return f"nbd+unix:///{export}?socket={self.ready['sockets'][0]}"
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal and return the exit status and the log."""
+        self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=TIMEOUT_S)
+        return self.process.returncode, log
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "lhblock", *arguments]
+
+
+def start(data_dir: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("serve", *arguments, "--json"),
+        env=os.environ | {"LHBLOCK_DATA_DIR": str(data_dir)} | options.pop("env", {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@contextmanager
+def serve(data_dir: Path, *arguments: str, **options: Any) -> Iterator[Serve]:
+    process = start(data_dir, *arguments, "--listen", "127.0.0.1:0", **options)
+    try:
+        yield Serve(process, data_dir)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=TIMEOUT_S)
+
+
+def cli(data_dir: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(*arguments),
+        env=os.environ | {"LHBLOCK_DATA_DIR": str(data_dir)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def cli_json(data_dir: Path, *arguments: str) -> Any:
+    return json.loads(cli(data_dir, *arguments, "--json").stdout)
+
+
+def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = shutil.which(name)
+    assert path is not None, f"these tests need {name}"
+    done = subprocess.run(
+        [path, *arguments],
+        # nbdsh takes the first python3, which must be the one that python3-libnbd is for.
+        env=os.environ | {"PATH": f"/usr/bin:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise ToolFailed(f"{name}: {done.stderr}")
+    return done
+
+
+def nbdsh(uri: str, *statements: str) -> str:
+    words = [word for statement in statements for word in ("-c", statement)]
+    return tool("nbdsh", "-u", uri, *words).stdout
+
+
+def test_a_volume_is_created_served_and_found_again(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "8M") as process:
+        (volume,) = process.ready["volumes"]
+        assert (volume["name"], volume["created"], volume["state"]) == ("db", True, "healthy")
+        nbdsh(process.uri(), "h.pwrite(b'kept' * 1024, 4096)", "h.flush()")
+        assert process.stop()[0] == 0
+    with serve(data, "db") as process:
+        assert process.ready["volumes"][0]["created"] is False
+        assert nbdsh(process.uri(), "print(h.pread(4, 4096))") == "bytearray(b'kept')\n"
+        assert process.stop(signal.SIGINT)[0] == 0
+    assert list((data / "run").iterdir()) == []
+
+
+def test_several_volumes_share_a_port_and_are_listed_with_snapshots(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "web", "--size", "4M") as process:
+        assert cli(data, "snapshot", "create", "web", "s1").stdout == "s1\n"
+        address = process.ready["listen"][0]
+        listed = json.loads(tool("nbdinfo", "--list", "--json", f"nbd://{address}").stdout)
+        names = {item["export-name"]: item["is_read_only"] for item in listed["exports"]}
+        assert names == {"db": False, "web": False, "web@s1": True}
+
+
+def test_a_snapshot_export_keeps_its_content(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "4M") as process:
+        nbdsh(process.uri(), "h.pwrite(b'old', 0)")
+        cli(data, "snapshot", "create", "db", "s1")
+        nbdsh(process.uri(), "h.pwrite(b'new', 0)")
+        assert nbdsh(process.uri("db@s1"), "print(h.pread(3, 0))") == "bytearray(b'old')\n"
+        assert nbdsh(process.uri(), "print(h.pread(3, 0))") == "bytearray(b'new')\n"
+
+
+def test_commands_reach_the_serving_process(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "4M") as process:
+        pid = process.process.pid
+        (row,) = cli_json(data, "volume", "ls")["volumes"]
+        assert (row["state"], row["pid"]) == ("serving", pid)
+        cli(data, "snapshot", "create", "db", "s1")
+        cli(data, "snapshot", "create", "db", "s2")
+        assert cli_json(data, "volume", "expand", "db", "8M")["size_bytes"] == 8 * MIB
+        shown = cli_json(data, "volume", "info", "db")
+        assert (shown["serving"], shown["pid"], shown["size_bytes"]) == (True, pid, 8 * MIB)
+        cli(data, "snapshot", "rm", "db", "s2", "--wait")
+        cli(data, "snapshot", "revert", "db", "s1")
+        names = [item["name"] for item in cli_json(data, "snapshot", "ls", "db")["snapshots"]]
+        assert "s1" in names
+        assert "s2" not in names
+        cli(data, "snapshot", "hash", "db", "s1")
+        assert cli_json(data, "scrub", "db")["mismatches"] == []
+        assert f"process {pid}" in cli(data, "volume", "rm", "db", "--yes", status=1).stderr
+
+
+def test_revert_is_refused_while_a_client_is_connected(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "4M") as process:
+        cli(data, "snapshot", "create", "db", "s1")
+        revert = [*command("snapshot", "revert", "db", "s1", "--data-dir", str(data))]
+        said = nbdsh(
+            process.uri(),
+            "import subprocess",
+            f"r = subprocess.run({revert!r}, capture_output=True, text=True)",
+            "print(r.returncode, r.stderr)",
+        )
+        assert said.startswith("1 lhblock: volume db: ")
+        assert "connected" in said
+
+
+def test_the_control_socket_speaks_longhorns_services(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "web", "--size", "4M") as process:
+        path = Path(process.ready["control"])
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert (data / "run" / "db.sock").readlink() == Path(path.name)
+        address = f"unix:{data / 'run' / 'web.sock'}"
+        with RpcClient(address, metadata={"volume-name": "web"}) as client:
+            volume = client.call(CONTROLLER, "VolumeGet", Empty(), timeout_s=TIMEOUT_S)
+            assert (volume.name, volume.frontend, volume.frontendState) == ("web", "nbd", "up")
+            assert volume.endpoint.startswith("nbd://127.0.0.1:")
+            check = health_pb2.HealthCheckRequest()
+            reply = client.call(HEALTH, "Check", check, timeout_s=TIMEOUT_S)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        wrong = RpcClient(address, metadata={"volume-name": "no"})
+        with wrong, pytest.raises(ControlError, match="incorrect volume name no"):
+            wrong.call(HEALTH, "Check", check, timeout_s=TIMEOUT_S)
+
+
+def test_a_front_end_that_is_shut_down_lets_nobody_in(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "4M") as process:
+        address = f"unix:{process.ready['control']}"
+        with RpcClient(address) as client:
+            client.call(CONTROLLER, "VolumeFrontendShutdown", Empty(), timeout_s=TIMEOUT_S)
+            with pytest.raises(ToolFailed, match="server replied with error"):
+                tool("nbdinfo", process.uri())
+            request = controller_pb2.VolumeFrontendStartRequest(frontend="nbd")
+            client.call(CONTROLLER, "VolumeFrontendStart", request, timeout_s=TIMEOUT_S)
+        tool("nbdinfo", process.uri())
+
+
+def test_a_killed_process_leaves_a_volume_that_opens(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "4M") as process:
+        nbdsh(process.uri(), "h.pwrite(b'safe', 0, nbd.CMD_FLAG_FUA)")
+        process.stop(signal.SIGKILL)
+    assert (data / "run" / "db.sock").is_symlink()
+    assert cli_json(data, "volume", "ls")["volumes"][0]["state"] == "stopped"
+    cli(data, "snapshot", "create", "db", "s1")
+    with serve(data, "db") as process:
+        assert nbdsh(process.uri(), "print(h.pread(4, 0))") == "bytearray(b'safe')\n"
+
+
+def test_a_second_process_for_a_volume_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "4M") as process:
+        other = cli(data, "serve", "db", "--listen", "127.0.0.1:0", status=1)
+        assert f"process {process.process.pid} serves it already" in other.stderr
+
+
+def test_a_process_that_answers_nothing_is_named(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "4M") as process:
+        (data / "run" / "db.sock").unlink()
+        said = cli(data, "snapshot", "create", "db", status=1).stderr
+        assert f"process {process.process.pid} has it open and answers no control calls" in said
+
+
+def test_a_start_that_fails_half_way_leaves_nothing_new(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    cli(data, "volume", "create", "old", "--size", "4M")
+    (data / "volumes" / "old" / "replica" / "volume.meta").write_text("{")
+    failed = cli(data, "serve", "new", "old", "--size", "4M", "--no-tcp", status=1)
+    assert "volume.meta" in failed.stderr
+    assert [row["name"] for row in cli_json(data, "volume", "ls")["volumes"]] == ["old"]
+    assert not (data / "volumes" / "new").exists()
+    assert list((data / "run").iterdir()) == []
+
+
+def test_a_taken_address_leaves_nothing(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        failed = cli(data, "serve", "db", "--size", "4M", "--listen", address, status=1)
+    assert "in use" in failed.stderr
+    assert cli_json(data, "volume", "ls")["volumes"] == []
+
+
+def test_read_only_serves_and_changes_nothing(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    cli(data, "volume", "create", "db", "--size", "4M")
+    replica = data / "volumes" / "db" / "replica"
+    before = {path.name: path.read_bytes() for path in replica.glob("*.meta")}
+    with serve(data, "db", "--read-only") as process:
+        info = json.loads(tool("nbdinfo", "--json", process.uri()).stdout)
+        assert info["exports"][0]["is_read_only"] is True
+        assert "read-only" in cli(data, "snapshot", "create", "db", status=1).stderr
+        assert cli_json(data, "volume", "ls")["volumes"][0]["state"] == "serving"
+        assert process.stop()[0] == 0
+    assert {path.name: path.read_bytes() for path in replica.glob("*.meta")} == before
+
+
+def test_systemd_is_told_ready_and_stopping(tmp_path: Path) -> None:
+    path = tmp_path / "notify.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(path))
+        notify.settimeout(TIMEOUT_S)
+        environment = {"NOTIFY_SOCKET": str(path)}
+        with serve(tmp_path / "d", "db", "--size", "4M", env=environment) as process:
+            ready = notify.recv(4096).decode().splitlines()
+            assert ready[:2] == ["READY=1", "STATUS=serving db"]
+            assert f"MAINPID={process.process.pid}" in ready
+            process.stop()
+            assert notify.recv(4096).decode().startswith("STOPPING=1")
+
+
+def test_a_socket_from_systemd_replaces_the_addresses(tmp_path: Path) -> None:
+    path = tmp_path / "activated.sock"
+    launcher = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3);"
+        "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()));"
+        "os.execvp(sys.argv[2], sys.argv[2:])"
+    )
+    data = tmp_path / "d"
+    with listen_unix(path) as listener:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", launcher, str(listener.fileno())),
+                *command("serve", "db", "--size", "4M", "--json", "--data-dir", str(data)),
+            ],
+            pass_fds=[listener.fileno()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            served = Serve(process, data)
+            assert served.ready["sockets"] == [str(path)]
+            assert served.ready["listen"] == []
+            tool("nbdinfo", served.uri())
+        finally:
+            process.terminate()
+            process.communicate(timeout=TIMEOUT_S)
+    assert path.exists()
+
+
+def test_the_banner_can_be_pasted(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("serve", "db", "--size", "4M", "--no-tcp", "--data-dir", str(tmp_path / "d")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line.strip())
+            if line.startswith("stop with"):
+                break
+        socket_path = tmp_path / "d" / "run" / "nbd.sock"
+        assert f"nbd+unix:///db?socket={socket_path}" in lines
+        assert f"Unix socket: {socket_path}" in lines
+        assert f"nbd-client -unix {socket_path} /dev/nbd0 -N db" in lines
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0
+
+
+def test_stdio_serves_one_client(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    cli(data, "volume", "create", "db", "--size", "4M")
+    words = command("serve", "db", "--stdio", "--data-dir", str(data))
+    said = tool(
+        "nbdsh",
+        *("-c", "h.set_export_name('db')"),
+        *("-c", f"h.connect_command({words!r})"),
+        *("-c", "h.pwrite(b'pipe', 0)"),
+        *("-c", "print(h.pread(4, 0))"),
+        *("-c", "h.shutdown()"),
+    ).stdout
+    assert said == "bytearray(b'pipe')\n"
+    cli(data, "volume", "rm", "db", "--yes")
+
+
+def test_bench_measures_a_scratch_volume_and_removes_it(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    cli(data, "volume", "create", "db", "--size", "4M")
+    report = cli_json(data, "bench", "db", "--seconds", "0.2", "--size", "64M")
+    assert (report["target"], len(report["results"])) == ("scratch", 6)
+    assert all(item["iops"] > 0 for item in report["results"])
+    assert [row["name"] for row in cli_json(data, "volume", "ls")["volumes"]] == ["db"]
+    assert {path.name for path in (data / "volumes" / "db").iterdir()} == {
+        "replica",
+        "volume.json",
+    }
+
+
+def test_bench_reads_a_served_volume_without_writing(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    with serve(data, "db", "--size", "4M"):
+        report = cli_json(data, "bench", "db", "--here", "--seconds", "0.2")
+        assert {item["operation"] for item in report["results"]} == {"read"}
+        assert cli_json(data, "volume", "info", "db")["statistics"]["writes"] == 0
+        refused = cli(data, "bench", "db", "--here", "--write", status=2)
+        assert "--yes" in refused.stderr
