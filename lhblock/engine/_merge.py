@@ -86,11 +86,34 @@ def next_merge(
     return pair or below_head
 
 
+def unlink_removed_leaves(member: Member) -> None:
+    """Delete every removed layer that nothing is built on, again and again. Blocking.
+
+    Nothing serves the store, and none of its side layers is open. Afterwards a layer has as many
+    children as it has branches that somebody wants, which is the same number on every replica.
+
+    Raises:
+      ReplicaError: the deletion can be begun again.
+    """
+    directory = member.directory
+    while True:
+        leaves = [
+            disk.name
+            for disk in directory.disks.values()
+            if disk.removed and not directory.children(disk.name)
+        ]
+        if not leaves:
+            return
+        for leaf in leaves:
+            directory.unlink_disk(leaf)
+
+
 def merge_all_below(member: Member, upper: str) -> None:
     """Merge every removed layer right below ``upper`` into it, whatever its size. Blocking.
 
-    Nothing serves the store. A half-done merge has moved blocks between two layers, on this replica
-    and not on another; before a layer can be compared between replicas that has to be over.
+    Nothing serves the store, and no removed leaf is left. A half-done merge has moved blocks between
+    two layers, on this replica and not on another; before a layer can be compared between replicas
+    that has to be over.
 
     Raises:
       NativeError, ReplicaError: the merge can be begun again.
@@ -101,7 +124,7 @@ def merge_all_below(member: Member, upper: str) -> None:
         if not lower or not directory.disks[lower].removed:
             return
         if len(directory.children(lower)) > 1:
-            return  # such a layer was never merged anywhere
+            return  # several branches want it, on every replica: it was merged nowhere
         total_bytes = max(member.image_bytes(lower), member.image_bytes(upper))
         lower_id, upper_id = member.layers[lower], member.layers[upper]
         for begin in range(0, total_bytes, MERGE_STEP_BYTES):

@@ -26,7 +26,7 @@ from lhblock.engine._clock import utc_now
 from lhblock.engine._config import VolumeConfig, check_size
 from lhblock.engine._generations import leave_behind
 from lhblock.engine._member import Member, MemberState, sentence
-from lhblock.engine._merge import merge_all_below
+from lhblock.engine._merge import merge_all_below, unlink_removed_leaves
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import (
     LhblockError,
@@ -293,6 +293,7 @@ class Opening:
         torn_snapshot = any(member.directory.torn for member in usable)
 
         def merge(member: Member) -> None:
+            unlink_removed_leaves(member)
             head = member.directory.head
             if torn_snapshot and head.parent and not member.directory.disks[head.parent].removed:
                 merge_all_below(member, head.parent)

@@ -180,6 +180,31 @@ async def test_half_done_merge_into_the_head_of_one_replica_loses_nothing(
     assert await files.contents() == [expected, expected]
 
 
+async def test_leaf_that_only_one_replica_deleted_does_not_make_heads_differ(
+    files: VolumeFiles,
+) -> None:
+    # The leaf beside the head keeps its parent from being merged on one replica only.
+    async with files.open() as volume:
+        await volume.write(0, b"a" * 4 * BLOCK)
+        await volume.create_snapshot("below")
+        await volume.write(0, b"s" * BLOCK)
+        await volume.create_snapshot("side")
+        await volume.revert_snapshot("below")
+        await volume.write(BLOCK, b"b" * BLOCK)
+        expected = await volume.read(0, SIZE_BYTES)
+    for path in files.paths:
+        with ReplicaDirectory.open(path) as directory:
+            directory.mark_removed("below")
+            directory.mark_removed("side")
+            if path == files.paths[1]:
+                directory.unlink_disk("volume-snap-side.img")
+            directory.close(clean=False)
+    async with files.open() as volume:
+        assert volume.state == "healthy"
+        assert await volume.read(0, SIZE_BYTES) == expected
+    assert await files.contents() == [expected, expected]
+
+
 def half_merge(path: Path) -> None:
     """The first half of the range is merged up, then the process dies."""
     engine = _native.NativeEngine(queues=1, workers=1, driver=_native.Driver.POOL)
