@@ -111,9 +111,9 @@ def unlink_removed_leaves(member: Member) -> None:
 def merge_all_below(member: Member, upper: str) -> None:
     """Merge every removed layer right below ``upper`` into it, whatever its size. Blocking.
 
-    Nothing serves the store, and no removed leaf is left. A half-done merge has moved blocks between
-    two layers, on this replica and not on another; before a layer can be compared between replicas
-    that has to be over.
+    Nothing serves the store, and no removed leaf is left. A half-done merge has moved blocks
+    between two layers, on this replica and not on another; before a layer can be compared between
+    replicas that has to be over.
 
     Raises:
       NativeError, ReplicaError: the merge can be begun again.
