@@ -90,7 +90,8 @@ def create(app: App, volume: str, size: int | None, replicas: tuple[str, ...], c
         print_json(_summary(app.registry, volume))
         return
     paths = ", ".join(str(path) for path in record.paths)
-    click.echo(f"created {volume}: {format_size(record.size_bytes)} in {paths}")
+    done = "created" if record.replicas[0].made else "adopted"
+    click.echo(f"{done} {volume}: {format_size(record.size_bytes)} in {paths}")
 
 
 @volume.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -17,7 +18,16 @@ from google.protobuf.message import Message
 from lhblock.errors import ControlError, LhblockError, NotServing, VolumeBusy
 from lhblock.instance._registry import Registry, VolumeRecord
 from lhblock.instance._serving import Holder, answering_address, serving
-from lhblock.rpc import CONTROLLER, VOLUME, Call, CallFailed, Handlers, method, unimplemented
+from lhblock.rpc import (
+    CONTROLLER,
+    VOLUME,
+    Call,
+    CallFailed,
+    Handler,
+    Handlers,
+    method,
+    unimplemented,
+)
 from lhblock.settings import DataDir
 
 CALL_TIMEOUT_S = 60.0
@@ -109,23 +119,27 @@ class _Offline:
         self._registry = registry
         self._record = record
         self._read_only = read_only
+        self._stop = trio.CancelScope()
+        self._running = threading.Event()
         self._opened = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="volume")
 
     def __enter__(self) -> _Offline:
         self._thread.start()
-        self._opened.wait()
+        try:
+            self._opened.wait()
+        except BaseException:
+            # Ctrl-C while it opens: the thread must end too, or the process would stay.
+            self._cancel()
+            raise
         if self._failure is not None:
             self._thread.join()
             raise self._failure
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        # When it ended by itself, why is known by now.
-        with suppress(trio.RunFinishedError):
-            trio.from_thread.run_sync(self._stop.cancel, trio_token=self._token)
-        self._thread.join()
+        self._cancel()
         if self._failure is not None and error is None:
             raise self._failure
 
@@ -138,9 +152,29 @@ class _Offline:
             if handler is None:
                 raise unimplemented(target)
             call = Call(target, {"volume-name": (self._record.name,)})
-            return trio.from_thread.run(handler, request, call, trio_token=self._token)
+            outcome: Future[Message] = Future()
+            self._token.run_sync_soon(
+                self._nursery.start_soon, self._answer, handler, request, call, outcome
+            )
+            return outcome.result()
         except CallFailed as failed:
             raise _about(self._record.name, failed.code, str(failed)) from failed
+
+    async def _answer(
+        self, handler: Handler, request: Message, call: Call, outcome: Future[Message]
+    ) -> None:
+        # In the nursery, so that the volume is not closed under a handler after a Ctrl-C.
+        try:
+            outcome.set_result(await handler(request, call))
+        except Exception as error:
+            outcome.set_exception(error)
+
+    def _cancel(self) -> None:
+        """Close the volume and wait for the thread. It may have ended by itself."""
+        self._running.wait()
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._stop.cancel)
+        self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -157,11 +191,12 @@ class _Offline:
         from lhblock.instance._volume_service import VolumeService
 
         self._token = trio.lowlevel.current_trio_token()
-        self._stop = trio.CancelScope()
+        self._running.set()
         with self._stop:
             async with (
                 open_engine(EngineOptions(queues=1, workers=4)) as engine,
                 open_served(engine, self._record, read_only=self._read_only) as served,
+                trio.open_nursery() as self._nursery,
             ):
                 await served.refresh_record(self._registry)
                 choice = Choice({served.name: served})
