@@ -389,3 +389,44 @@ def test_bench_reads_a_served_volume_without_writing(tmp_path: Path) -> None:
         assert cli_json(data, "volume", "info", "db")["statistics"]["writes"] == 0
         refused = cli(data, "bench", "db", "--here", "--write", status=2)
         assert "--yes" in refused.stderr
+
+
+def test_a_damaged_replica_among_good_ones_is_left_out(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    paths = [tmp_path / f"r{index}" for index in range(3)]
+    options = [word for path in paths for word in ("--replica", str(path))]
+    cli(data, "volume", "create", "db", "--size", "4M", *options)
+    (paths[1] / "volume.meta").write_text("{")
+    with serve(data, "db") as process:
+        assert process.ready["volumes"][0]["state"] == "degraded"
+        nbdsh(process.uri(), "h.pwrite(b'kept', 0)")
+        replicas = cli_json(data, "volume", "info", "db")["replicas"]
+        assert [item["mode"] for item in replicas] == ["RW", "ERR", "RW"]
+        assert "volume.meta" in replicas[1]["error"]
+
+
+def test_shell_completion_knows_volumes_and_snapshots(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    cli(data, "volume", "create", "database", "--size", "4M")
+    cli(data, "snapshot", "create", "database", "before")
+
+    def complete(*words: str) -> list[str]:
+        done = subprocess.run(
+            command(),
+            env=os.environ
+            | {
+                "LHBLOCK_DATA_DIR": str(data),
+                "_LHBLOCK_COMPLETE": "bash_complete",
+                "COMP_WORDS": " ".join(("lhblock", *words)),
+                "COMP_CWORD": str(len(words)),
+            },
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        return done.stdout.splitlines()
+
+    assert complete("vol") == ["plain,volume"]
+    assert complete("volume", "info", "d") == ["plain,database"]
+    assert complete("snapshot", "revert", "database", "b") == ["plain,before"]
