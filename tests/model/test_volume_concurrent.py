@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from lhblock.engine import Volume
+from lhblock.engine import CacheMode, DriverChoice, Volume
 from tests.model.volumes import BLOCK, VolumeFiles, fault, view_content
 
 pytestmark = pytest.mark.model
@@ -37,11 +37,15 @@ async def check_regions(content: bytes, at_least: list[int]) -> None:
         assert region[0] >= number, f"writer {writer}"
 
 
+@pytest.mark.parametrize("driver", ["auto", "pool"])
+@pytest.mark.parametrize("cache", ["writeback", "none"])
 @pytest.mark.parametrize("replicas", [1, 3])
 async def test_snapshots_taken_under_load_are_moments_of_the_volume(
-    tmp_path: Path, replicas: int
+    tmp_path: Path, replicas: int, cache: CacheMode, driver: DriverChoice
 ) -> None:
-    files = await VolumeFiles.create(tmp_path, replicas=replicas, size_bytes=SIZE_BYTES)
+    files = await VolumeFiles.create(
+        tmp_path, replicas=replicas, size_bytes=SIZE_BYTES, driver=driver, cache=cache
+    )
     reached = [0] * WRITERS
     async with files.open() as volume:
         async with trio.open_nursery() as nursery:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lhblock.engine import Volume
+from lhblock.engine import CacheMode, DriverChoice, Volume
 from tests.model.volumes import BLOCK, VolumeFiles, view_content
 
 # Few blocks, so that requests meet; not a power of two, so that nothing divides evenly.
@@ -109,19 +109,30 @@ async def compare(volume: Volume, model: Model) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize(
+    ("replicas", "driver", "cache"),
+    [
+        (1, "auto", "writeback"),
+        (3, "auto", "writeback"),
+        (2, "pool", "writeback"),
+        (1, "auto", "none"),
+        (3, "pool", "none"),
+    ],
+)
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(history=st.lists(operations, max_size=30))
 async def test_volume_and_its_snapshots_hold_what_was_written(
-    replicas: int, history: list[tuple[Any, ...]]
+    replicas: int, driver: DriverChoice, cache: CacheMode, history: list[tuple[Any, ...]]
 ) -> None:
     with tempfile.TemporaryDirectory() as base:
         size_bytes = BLOCKS * BLOCK
-        files = await VolumeFiles.create(Path(base), replicas=replicas, size_bytes=size_bytes)
+        files = await VolumeFiles.create(
+            Path(base), replicas=replicas, size_bytes=size_bytes, driver=driver, cache=cache
+        )
         model = Model(bytearray(size_bytes))
         left = list(history)
         while True:

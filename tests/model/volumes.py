@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lhblock import _native
 from lhblock.engine import (
+    CacheMode,
+    DriverChoice,
     EngineOptions,
     SnapshotLimits,
     Volume,
@@ -21,16 +23,34 @@ BLOCK = _native.BLOCK_BYTES
 
 
 class VolumeFiles:
-    """The replica directories of one volume."""
+    """The replica directories of one volume, and how they are opened."""
 
-    def __init__(self, paths: list[Path], size_bytes: int) -> None:
+    def __init__(
+        self,
+        paths: list[Path],
+        size_bytes: int,
+        *,
+        driver: DriverChoice = "auto",
+        cache: CacheMode = "writeback",
+    ) -> None:
         self.paths = paths
         self.size_bytes = size_bytes
+        self.driver = driver
+        self.cache = cache
 
     @classmethod
-    async def create(cls, base: Path, *, replicas: int, size_bytes: int) -> VolumeFiles:
+    async def create(
+        cls,
+        base: Path,
+        *,
+        replicas: int,
+        size_bytes: int,
+        driver: DriverChoice = "auto",
+        cache: CacheMode = "writeback",
+    ) -> VolumeFiles:
         """Make the directories ``r0``, ``r1``, ... below ``base``."""
-        files = cls([base / f"r{index}" for index in range(replicas)], size_bytes)
+        paths = [base / f"r{index}" for index in range(replicas)]
+        files = cls(paths, size_bytes, driver=driver, cache=cache)
         await create_replicas("db", files.paths, size_bytes)
         return files
 
@@ -47,10 +67,11 @@ class VolumeFiles:
         config = VolumeConfig(
             name="db",
             replicas=paths,
+            cache=self.cache,
             read_only=read_only,
             limits=limits or SnapshotLimits(),
         )
-        options = EngineOptions(queues=1, workers=4)
+        options = EngineOptions(queues=1, workers=4, driver=self.driver)
         async with open_engine(options) as engine, engine.open_volume(config) as volume:
             yield volume
 
