@@ -14,6 +14,7 @@ void lhb_queue_post (struct lhb_queue *queue, struct lhb_message *message);
 struct lhb_engine *lhb_queue_engine (struct lhb_queue *queue);
 
 /* The queue's own thread only. */
+struct lhb_batches *lhb_queue_batches (struct lhb_queue *queue);
 struct lhb_pollable {
   void (*ready) (struct lhb_pollable *self, uint32_t epoll_events);
   int fd;

@@ -79,6 +79,11 @@ void lhb_request_start (struct lhb_request *request);
 void lhb_request_resume_gated (struct lhb_message *message);
 void lhb_request_resume_held (struct lhb_message *message);
 
+/* For batch.c: do the write of one replica; then, in the queue's thread, count
+ * it as done. */
+void lhb_leg_write (struct lhb_leg *leg);
+void lhb_leg_done (struct lhb_leg *leg);
+
 static inline bool
 lhb_request_is_partial (uint64_t offset_bytes, uint64_t length_bytes)
 {

@@ -2,9 +2,9 @@
  * the end of the turn what the turn gathered.
  *
  * A turn is: every ready socket, ring and wake-up; then the messages; then the
- * turn ends; then the submission of new I/O.  Everything that a turn made
- * possible for itself (a message to its own queue, a turn end that asked for
- * another) is done before the thread sleeps again.
+ * gathered writes; then the turn ends; then the submission of new I/O.
+ * Everything that a turn made possible for itself (a message to its own queue,
+ * a turn end that asked for another) is done before the thread sleeps again.
  */
 
 #include <assert.h>
@@ -18,6 +18,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "lhb_batch.h"
 #include "lhb_queue.h"
 #include "lhb_util.h"
 
@@ -31,6 +32,7 @@ struct lhb_queue {
   pthread_t thread;
   int epoll_fd, wake_fd;
   struct lhb_pollable wake, ring;
+  struct lhb_batches *batches;
   struct lhb_uring *uring;      /* NULL: every io goes to the pool */
   bool stopping;                /* own thread only */
   struct lhb_message stop;
@@ -67,6 +69,12 @@ list_take_all (struct message_list *list)
 
   list_init (list);
   return first;
+}
+
+struct lhb_batches *
+lhb_queue_batches (struct lhb_queue *queue)
+{
+  return queue->batches;
 }
 
 struct lhb_engine *
@@ -200,6 +208,7 @@ queue_main (void *argument)
   while (!queue->stopping)
     {
       bool busy = queue->local.first != NULL || queue->turn_ends != NULL
+                  || lhb_batches_pending (queue->batches)
                   || (queue->uring != NULL
                       && lhb_uring_unsubmitted (queue->uring) > 0);
       int count = epoll_wait (queue->epoll_fd, events, LHB_EPOLL_EVENTS,
@@ -215,6 +224,8 @@ queue_main (void *argument)
         }
       if (count > 0)
         take_inbox (queue);
+      handle_messages (list_take_all (&queue->local));
+      lhb_batches_run (queue->batches);
       handle_messages (list_take_all (&queue->local));
       run_turn_ends (queue);
       /* Last: turn ends start requests, too.  What the kernel does not take
@@ -238,6 +249,7 @@ release (struct lhb_queue *queue)
 {
   if (queue->uring != NULL)
     lhb_uring_close (queue->uring);
+  lhb_batches_close (queue->batches);
   if (queue->wake_fd >= 0)
     close (queue->wake_fd);
   if (queue->epoll_fd >= 0)
@@ -303,6 +315,8 @@ lhb_queue_open (struct lhb_engine *engine, uint32_t index,
   list_init (&queue->inbox);
   lhb_mutex_init (&queue->lock);
   err = open_fds (queue);
+  if (err == 0)
+    err = lhb_batches_open (queue, &queue->batches);
   if (err == 0)
     err = start_thread (queue, index);
   if (err)

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/uio.h>
 
+#include "lhb_batch.h"
 #include "lhb_fault.h"
 #include "lhb_queue.h"
 #include "lhb_request.h"
@@ -331,7 +332,7 @@ judge_legs (struct lhb_request *request)
 }
 
 static void
-leg_done (struct lhb_request *request)
+end_leg (struct lhb_request *request)
 {
   if (--request->pending > 0)
     return;
@@ -356,14 +357,16 @@ write_io_done (struct lhb_io *io)
   if (fault)
     leg->error = fault;
   lhb_store_wrote (store, request->first_block, leg->written_bytes);
-  leg_done (request);
+  end_leg (request);
 }
 
-/* In the queue's thread: a copy into the page cache. */
-static void
-write_inline (struct lhb_request *request, struct lhb_store *store,
-              struct lhb_leg *leg)
+/* A copy into the page cache, in the queue's thread or in a worker's. */
+void
+lhb_leg_write (struct lhb_leg *leg)
 {
+  struct lhb_request *request = leg->request;
+  uint32_t index = (uint32_t) (leg - request->legs);
+  struct lhb_store *store = request->volume->stores[index];
   uint64_t before = lhb_now_ns (), after;
 
   leg->written_bytes
@@ -374,6 +377,12 @@ write_inline (struct lhb_request *request, struct lhb_store *store,
   if (after - before > LHB_SLOW_WRITE_NS)
     atomic_store_explicit (&store->slow_until_ns, after + LHB_SLOW_PENALTY_NS,
                            memory_order_relaxed);
+}
+
+void
+lhb_leg_done (struct lhb_leg *leg)
+{
+  end_leg (leg->request);
 }
 
 static void
@@ -454,7 +463,10 @@ write_to_replicas (struct lhb_request *request)
         }
       if (may_write_inline (request, store))
         {
-          write_inline (request, store, leg);
+          if (volume->store_count > 1
+              && lhb_batches_add (lhb_queue_batches (request->queue), leg))
+            continue;
+          lhb_leg_write (leg);
           request->pending--;
           continue;
         }
@@ -464,7 +476,7 @@ write_to_replicas (struct lhb_request *request)
   add (inline_all ? &volume->counters.inline_writes
                   : &volume->counters.driver_writes,
        1);
-  leg_done (request);
+  end_leg (request);
 }
 
 /* A write that begins or ends inside a block is widened to whole blocks: the
@@ -573,7 +585,7 @@ run_zero (struct lhb_job *job)
 static void
 handle_zero_done (struct lhb_message *message)
 {
-  leg_done (lhb_container_of (message, struct lhb_leg, job.done)->request);
+  end_leg (lhb_container_of (message, struct lhb_leg, job.done)->request);
 }
 
 static void
@@ -593,7 +605,7 @@ execute_zero (struct lhb_request *request)
       leg->job.queue = request->queue;
       lhb_pool_submit (volume->engine->pool, &leg->job);
     }
-  leg_done (request);
+  end_leg (request);
 }
 
 /* ---- FLUSH. */
@@ -601,7 +613,7 @@ execute_zero (struct lhb_request *request)
 static void
 handle_synced (struct lhb_message *message)
 {
-  leg_done (lhb_container_of (message, struct lhb_leg, synced)->request);
+  end_leg (lhb_container_of (message, struct lhb_leg, synced)->request);
 }
 
 /* In the worker that ran the group commit. */
@@ -630,7 +642,7 @@ execute_flush (struct lhb_request *request)
       leg->sync.done = sync_done;
       lhb_store_sync_async (volume->stores[i], &leg->sync);
     }
-  leg_done (request);
+  end_leg (request);
 }
 
 /* ---- PROBE. */
