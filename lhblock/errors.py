@@ -11,10 +11,10 @@
     │   └ ReplicaUnsupported · ReplicaStale · ReplicaIO
     ├ FrontendError                   listening, handshakes
     ├ ControlError(code)              the control service of a serving process answered an error
-    └ NativeError(operation, errno)   the C core returned -errno; wrapped by whoever knows the object
+    └ NativeError(operation, errno)   the C core returned -errno; whoever knows the object wraps it
 
-Each class is a sentence: what was wrong, with the value, and what to do. Context is added once, by the layer that
-knows it: ``raise ReplicaIO(path, "cannot write its generation") from error``.
+Each class is a sentence: what was wrong, with the value, and what to do. Context is added once, by
+the layer that knows it: ``raise ReplicaIO(path, "cannot write its generation") from error``.
 """
 
 from __future__ import annotations

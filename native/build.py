@@ -51,8 +51,8 @@ URING = has_liburing()
 
 # Python's own flags come first on the command line and switch assertions off; ours stay on in
 # release builds.
-COMMON_FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-UNDEBUG", "-pthread", "-fvisibility=hidden"]
-COMMON_FLAGS += ["-U_FORTIFY_SOURCE"]
+COMMON_FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-UNDEBUG", "-pthread"]
+COMMON_FLAGS += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
 COMMON_FLAGS += SANITIZE or ["-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"]
 STRICT_FLAGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 
