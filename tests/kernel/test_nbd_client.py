@@ -34,7 +34,7 @@ MAKE_FILE = f"""
 def serving(directory: Path, listener: socket.socket) -> Iterator[Path]:
     """Serve one volume; yields its replica directory."""
     data_dir = directory / "data"
-    command = [
+    command: list[str | Path] = [
         *(sys.executable, "-c", "from lhblock.cli import main; main()", "serve", VOLUME),
         *("--size", f"{VOLUME_MIB}M", "--data-dir", data_dir),
     ]
