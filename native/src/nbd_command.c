@@ -74,6 +74,9 @@ lhb_nbd_check (const struct lhb_nbd_connection *connection,
   if (header->type > NBD_CMD_BLOCK_STATUS
       || header->flags & ~legal_flags (header->type))
     return NBD_EINVAL;
+  if (header->flags & NBD_CMD_FLAG_DF
+      && !(connection->flags & LHB_NBD_STRUCTURED))
+    return NBD_EINVAL;
   if (header->type == NBD_CMD_FLUSH)
     return header->offset_bytes || header->length_bytes ? NBD_EINVAL : 0;
   if (header->length_bytes == 0)
@@ -239,6 +242,8 @@ lhb_nbd_execute (struct lhb_nbd_slot *slot)
     request->flags |= LHB_IO_FUA;
   if (header->flags & NBD_CMD_FLAG_NO_HOLE)
     request->flags |= LHB_IO_NO_HOLE;
+  if (header->flags & NBD_CMD_FLAG_FAST_ZERO)
+    request->flags |= LHB_IO_FAST_ZERO;
   request->offset_bytes = header->offset_bytes;
   request->length_bytes = header->length_bytes;
   request->buffer = slot->slab;

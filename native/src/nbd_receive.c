@@ -93,7 +93,7 @@ refuse (struct lhb_nbd_slot *slot, uint32_t error)
 {
   struct lhb_nbd_connection *connection = slot->connection;
 
-  if (slot->header.type == NBD_CMD_WRITE)
+  if (slot->header.type == NBD_CMD_WRITE && slot->header.length_bytes > 0)
     {
       if (slot->header.length_bytes > LHB_NBD_SKIP_MAX)
         {
