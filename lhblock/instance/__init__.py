@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from lhblock.instance._registry import Registry, ReplicaRecord, VolumeRecord
     from lhblock.instance._removal import removable, remove_replica
     from lhblock.instance._serve import Ready, ReadyVolume, run_serve
-    from lhblock.instance._serving import Holder, answering_address, serving
+    from lhblock.instance._serving import (
+        Holder,
+        answering_address,
+        remove_dead_sockets,
+        serving,
+    )
     from lhblock.instance._settings import ServeSettings, serve_settings
 
 _HOMES = {
@@ -35,6 +40,7 @@ _HOMES = {
     "machine_features": "_features",
     "open_channel": "_channel",
     "removable": "_removal",
+    "remove_dead_sockets": "_serving",
     "remove_replica": "_removal",
     "run_serve": "_serve",
     "serve_settings": "_settings",
@@ -58,6 +64,7 @@ __all__ = [
     "machine_features",
     "open_channel",
     "removable",
+    "remove_dead_sockets",
     "remove_replica",
     "run_serve",
     "serve_settings",

@@ -24,6 +24,7 @@ from lhblock.instance import (
     VolumeRecord,
     answering_address,
     removable,
+    remove_dead_sockets,
     remove_replica,
     serving,
 )
@@ -244,6 +245,38 @@ def test_a_control_socket_nobody_answers_on_counts_for_nothing(registry: Registr
         assert holder is not None
         assert holder.pid == 4711
     assert answering_address(registry.data_dir, "db") is None
+
+
+def test_a_directory_that_may_not_be_searched_is_held_by_nobody(
+    registry: Registry, tmp_path: Path
+) -> None:
+    # A name that is too long is refused for root, too, as a closed directory is for others.
+    closed = ReplicaRecord(tmp_path / ("x" * 300), "directory")
+    good = a_replica(tmp_path / "good")
+    record = replace(a_record(registry), replicas=(closed, good))
+    assert serving(registry.data_dir, record) is None
+    with (good.path / "lhblock.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert serving(registry.data_dir, record) is not None
+
+
+def test_only_sockets_of_dead_processes_are_removed(registry: Registry) -> None:
+    import socket
+
+    # Above the largest pid the kernel gives.
+    dead = registry.data_dir.control_socket(1 << 23)
+    answering = registry.data_dir.control_socket((1 << 23) + 1)
+    living = registry.data_dir.control_socket(os.getpid())
+    other = registry.data_dir.nbd_socket
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(answering))
+        listening.listen(1)
+        for path in (dead, living, other):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(str(path))
+        remove_dead_sockets(registry.data_dir)
+        assert not dead.exists()
+        assert all(path.exists() for path in (answering, living, other))
 
 
 def test_a_control_link_cannot_lead_elsewhere(registry: Registry, tmp_path: Path) -> None:
