@@ -11,7 +11,7 @@ import click
 
 from lhblock.cli._app import App, common_options, confirm
 from lhblock.cli._names import SizeType, volume_argument
-from lhblock.cli._output import note, print_json, print_table
+from lhblock.cli._output import counted, note, print_json, print_table
 from lhblock.errors import LhblockError, UsageError
 from lhblock.settings import check_volume_name, format_size
 
@@ -28,13 +28,15 @@ Advance = Callable[[str, float], None]
 @volume_argument
 @click.option(
     "--seconds",
+    metavar="S",
     type=click.FloatRange(0.1, 3600),
     default=3.0,
-    show_default=True,
-    help="Duration of each measurement.",
+    help="Seconds of each measurement.  [default: 3]",
 )
 @click.option(
-    "--size", type=SizeType(), help="Size of the scratch volume.  [default: 1G, if there is space]"
+    "--size",
+    type=SizeType(),
+    help="Size of the scratch volume.  [default: 1G, less if there is little space]",
 )
 @click.option("--here", is_flag=True, help="Measure VOLUME itself: reads only.")
 @click.option("--write", is_flag=True, help="With --here: also writes. DESTROYS ITS CONTENT.")
@@ -85,7 +87,7 @@ def bench(
         return
     what = volume if here else f"a scratch volume beside {volume}"
     click.echo(
-        f"{what}: {format_size(size_bytes)}, {len(record.replicas)} replicas,"
+        f"{what}: {format_size(size_bytes)}, {counted(len(record.replicas), 'replica')},"
         f" cache {record.cache}, {seconds:g} s each"
     )
     print_table(

@@ -42,6 +42,12 @@ def cli(_app: App) -> None:
     lhblock serve db --size 100G          create a volume and serve it
     lhblock volume ls                     what there is
     lhblock snapshot create db s1         on a served or stopped volume
+
+    --data-dir, --json and --debug may also stand after the command. Volumes are kept in
+    /var/lib/lhblock for root, in ~/.local/share/lhblock for others.
+
+    Exit status: 0 done; 1 it failed, with one sentence on standard error; 2 wrong usage, and
+    nothing was done; 130 interrupted.
     """
 
 
@@ -62,7 +68,10 @@ def run(arguments: Sequence[str]) -> int:
         return _usage(error)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
-    except click.Abort:
+    except click.Abort as error:
+        # click makes this of an interrupt, too.
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            return INTERRUPTED
         return _fail("aborted; nothing was done", 1)
     except KeyboardInterrupt:
         return INTERRUPTED
