@@ -14,6 +14,8 @@ from lhblock.replica._checksum import (
 from lhblock.replica._create import Probe
 from lhblock.replica._directory import EXPANSION_LABEL, ReplicaDirectory
 from lhblock.replica._generation import (
+    OPENED,
+    UNSERVED,
     Candidate,
     Choice,
     Generation,
@@ -33,6 +35,8 @@ __all__ = [
     "BLOCK_BYTES",
     "EXPANSION_LABEL",
     "LAYERS_MAX",
+    "OPENED",
+    "UNSERVED",
     "Candidate",
     "ChecksumRecord",
     "Choice",
