@@ -7,11 +7,11 @@
 #define LHB_WORKERS_MAX 64
 #define LHB_EVENTS_MAX 1024             /* records of the event ring */
 
-/* Largest READ or WRITE announced to NBD clients. */
-#define LHB_NBD_PAYLOAD_MAX (32u << 20)
+/* Largest READ or WRITE; announced to NBD clients. */
+#define LHB_PAYLOAD_BYTES_MAX (32u << 20)
 /* A refused WRITE up to this size is read and thrown away; beyond it the
  * connection is closed. */
-#define LHB_NBD_SKIP_MAX (64u << 20)
+#define LHB_SKIP_BYTES_MAX (64u << 20)
 #define LHB_NBD_EXTENTS_MAX 1000        /* descriptors of one block status */
 
 /* Buffers and requests of one connection.  They are its own, so a client
@@ -19,7 +19,7 @@
 #define LHB_CONN_REQUESTS 256
 #define LHB_CONN_SLAB_CLASSES 5
 /* (blocks of a slab, slabs): any request of 4 KiB, 128 KiB, 1 MiB, 4 MiB and
- * LHB_NBD_PAYLOAD_MAX at any alignment fits its class.  Address space only:
+ * LHB_PAYLOAD_BYTES_MAX at any alignment fits its class.  Address space only:
  * untouched slabs cost no memory. */
 #define LHB_CONN_SLAB_TABLE                                                   \
   { { 2, 256 }, { 33, 64 }, { 257, 16 }, { 1025, 8 }, { 8193, 1 } }
@@ -31,6 +31,10 @@
 /* Larger page-cache copies leave the queue thread for the driver, so that two
  * cores copy at once and small requests do not wait behind them. */
 #define LHB_INLINE_BYTES_MAX (128u << 10)
+/* A write call makes page-cache folios of up to its own size, and ext4 walks
+ * all buffers of a folio at every later write of 4 KiB into it: 25 us for a
+ * folio of 2 MiB, 4 us for one of this size. */
+#define LHB_FOLIO_BYTES_MAX (64u << 10)
 #define LHB_ZERO_STEP_BYTES (64u << 20) /* one fallocate call */
 #define LHB_URING_ENTRIES 256           /* per queue */
 #define LHB_EPOLL_EVENTS 64

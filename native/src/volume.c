@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "lhb_nbd.h"
+#include "lhb_connection.h"
 #include "lhb_queue.h"
 #include "lhb_util.h"
 #include "lhb_volume.h"
@@ -99,7 +99,7 @@ lhb_volume_close (lhb_volume *volume)
   held = volume->held;
   volume->held = NULL;
   pthread_mutex_unlock (&volume->lock);
-  lhb_nbd_close_all (volume);
+  lhb_connections_close_all (volume);
   resume_all (held, lhb_request_resume_held);
   pthread_mutex_lock (&volume->lock);
   while (volume->connection_count > 0)
