@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ def bench(
         confirm(f"Overwrite volume {volume} with random data?", yes=yes)
     patterns = [item for item in measuring.PATTERNS if write or not here or not item.writes]
     with (
+        _terminable(),
         _target(app, record, here=here, write=write, size_bytes=size) as target,
         _bar(len(patterns) * seconds + (0 if here else _FILL_S), show=not app.json) as advance,
     ):
@@ -107,6 +109,16 @@ def bench(
     )
     if here:
         note("ranges that were never written read as zeros without touching the disk")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C: the scratch volume and who serves it must not be left behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -53,8 +53,22 @@ def cli(_app: App) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, 1 for a failure, 2 for a wrong usage."""
-    # A file opened by mistake as standard output must not take a socket's place.
+    _fill_standard_streams()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _fill_standard_streams() -> None:
+    """Open ``/dev/null`` for each standard stream that the caller closed.
+
+    Its number would go to the next file opened, an image perhaps, and what is meant for the
+    stream would be written there.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name, fd in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "r" if fd == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def run(arguments: Sequence[str]) -> int:

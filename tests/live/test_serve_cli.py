@@ -294,6 +294,30 @@ def test_bench_measures_a_scratch_volume_and_removes_it(tmp_path: Path) -> None:
     }
 
 
+def test_bench_leaves_nothing_when_it_is_terminated(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    cli(data, "volume", "create", "db", "--size", "4M")
+    fio = tmp_path / "bin" / "fio"
+    fio.parent.mkdir()
+    # Asked for its engines it says yes; asked to measure it terminates the bench and goes on.
+    fio.write_text(
+        '#!/bin/sh\ncase "$*" in *--enghelp*) exit 0 ;; esac\nkill -TERM $PPID\nexec sleep 600\n'
+    )
+    fio.chmod(0o755)
+    found = subprocess.run(
+        command("--data-dir", str(data), "bench", "db", "--size", "64M"),
+        env=os.environ | {"PATH": f"{fio.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert found.returncode == 130, found.stderr
+    assert list((data / "run").iterdir()) == []
+    assert [row["name"] for row in cli_json(data, "volume", "ls")["volumes"]] == ["db"]
+    assert not list((data / "volumes" / "db").glob("bench-*"))
+
+
 def test_bench_reads_a_served_volume_without_writing(tmp_path: Path) -> None:
     data = tmp_path / "d"
     with serve(data, "db", "--size", "4M"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,6 +374,17 @@ def test_an_unexpected_error_is_one_sentence_and_debug_shows_the_trace(
     assert "Traceback" in cli("volume", "ls", "--debug").err
     monkeypatch.setenv("LHBLOCK_DEBUG", "1")
     assert "Traceback" in cli("volume", "ls").err
+
+
+def test_closed_standard_streams_are_no_files_of_ours(cli: Cli) -> None:
+    command = f"{sys.executable} -m lhblock --data-dir {cli.data_dir} volume create db --size 1M"
+    found = subprocess.run(
+        ["/bin/sh", "-c", f"{command} <&- >&- 2>&-"], check=False, capture_output=True
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (0, b"", b"")
+    written = [path for path in cli.data_dir.rglob("*") if path.is_file()]
+    assert written
+    assert not any(b"created db" in path.read_bytes() for path in written)
 
 
 def test_an_interrupt_is_status_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
