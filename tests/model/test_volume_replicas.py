@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from lhblock.errors import (
     VolumeError,
     VolumeFaulted,
 )
-from lhblock.replica import Generation, ReplicaDirectory
+from lhblock.replica import Generation, PendingHead, ReplicaDirectory
 from tests.model.volumes import BLOCK, VolumeFiles, fault
 
 pytestmark = pytest.mark.model
@@ -271,6 +272,56 @@ async def test_survivor_that_cannot_record_the_fence_is_dropped_too(
         await volume.write(0, b"y" * BLOCK)
     generation = generation_of(Path(alive.address))
     assert generation.members == (generation.replica_id,)
+
+
+async def test_write_that_no_survivor_can_fence_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = await VolumeFiles.create(tmp_path, replicas=2, size_bytes=SIZE_BYTES)
+
+    def refuse(directory: ReplicaDirectory, generation: Generation) -> None:
+        raise ReplicaIO(directory.path, "cannot write its generation: No space left on device")
+
+    with trio.fail_after(30):
+        async with files.open() as volume:
+            monkeypatch.setattr(ReplicaDirectory, "write_generation", refuse)
+            with fault("store.write", errno.EIO), pytest.raises(VolumeError, match="output error"):
+                await volume.write(0, b"x" * BLOCK)
+            assert volume.state == "faulted"
+            # It is there on one replica, and a crash could take it back.
+            with pytest.raises(VolumeError, match="output error"):
+                await volume.read(0, BLOCK)
+
+
+async def test_flush_is_not_answered_when_a_snapshot_could_not_be_made_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = await VolumeFiles.create(tmp_path, replicas=1, size_bytes=SIZE_BYTES)
+    settling, fail = threading.Event(), threading.Event()
+
+    def refuse(pending: PendingHead) -> None:
+        settling.set()
+        fail.wait(30)
+        raise ReplicaIO(files.paths[0], "cannot make the switch durable: Input/output error")
+
+    monkeypatch.setattr(PendingHead, "settle", refuse)
+
+    async def take_snapshot(volume: Volume) -> None:
+        with pytest.raises(ReplicaIO, match="cannot make the switch durable"):
+            await volume.create_snapshot("s1")
+
+    async def flush(volume: Volume) -> None:
+        with pytest.raises(VolumeError, match="output error"):
+            await volume.flush()
+
+    with trio.fail_after(30):
+        async with files.open() as volume, trio.open_nursery() as nursery:
+            nursery.start_soon(take_snapshot, volume)
+            await trio.to_thread.run_sync(settling.wait)
+            nursery.start_soon(flush, volume)
+            while volume.statistics().io.in_flight == 0:
+                await trio.lowlevel.checkpoint()
+            fail.set()
 
 
 async def test_snapshot_that_one_replica_cannot_take_drops_that_replica(
