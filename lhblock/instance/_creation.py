@@ -21,7 +21,7 @@ from lhblock.instance._registry import (
     new_record,
 )
 from lhblock.instance._removal import removable, remove_replica
-from lhblock.replica import ReplicaDirectory
+from lhblock.replica import ReplicaDirectory, has_room
 from lhblock.settings import check_volume_name
 
 DEFAULT_REPLICA = "replica"
@@ -78,7 +78,8 @@ async def create_volume(
             return _adopt(registry, name, paths, size_bytes, cache)
         if size_bytes is None:
             raise UsageError(f"volume {name} does not exist; give --size to create it")
-        made = [ReplicaRecord(path, found[path]) for path in paths]
+        # A directory below the volume's own is ours even if a killed creation left it there.
+        made = [ReplicaRecord(p, found[p] if replicas else MADE_DIRECTORY) for p in paths]
         record = new_record(name, size_bytes=size_bytes, cache=cache, replicas=made)
         return await _make(registry, record)
 
@@ -127,8 +128,8 @@ def _kind(path: Path) -> str:
         raise ReplicaForeign(path, f"cannot be read: {error.strerror}") from error
     if META in entries:
         return MADE_NOTHING
-    # What mkfs leaves at the top of every ext file system.
-    if set(entries) <= {"lost+found"}:
+    # Also what mkfs leaves at the top of every ext file system, and what a kill left of a creation.
+    if has_room(path):
         return MADE_FILES
     raise ReplicaForeign(
         path, f"is not empty and holds no replica ({min(entries)!r} is there); choose another path"

@@ -11,7 +11,7 @@ from lhblock.replica._checksum import (
     valid_checksum,
     write_checksum,
 )
-from lhblock.replica._create import Probe
+from lhblock.replica._create import Probe, has_room
 from lhblock.replica._directory import EXPANSION_LABEL, ReplicaDirectory
 from lhblock.replica._generation import (
     OPENED,
@@ -52,6 +52,7 @@ __all__ = [
     "check_snapshot_name",
     "choose",
     "created_text",
+    "has_room",
     "hash_image",
     "lock_holder",
     "new_set",

@@ -23,11 +23,13 @@ from lhblock.instance import (
     ReplicaRecord,
     VolumeRecord,
     answering_address,
+    create_volume,
     removable,
     remove_dead_sockets,
     remove_replica,
     serving,
 )
+from lhblock.replica import ReplicaDirectory
 from lhblock.settings import DataDir
 
 
@@ -282,3 +284,29 @@ def test_only_sockets_of_dead_processes_are_removed(registry: Registry) -> None:
 def test_a_control_link_cannot_lead_elsewhere(registry: Registry, tmp_path: Path) -> None:
     registry.data_dir.control_link("db").symlink_to(tmp_path / "serve-1.sock")
     assert answering_address(registry.data_dir, "db") is None
+
+
+@pytest.mark.parametrize("given", [False, True])
+async def test_a_creation_that_was_killed_can_be_done_again(
+    registry: Registry, tmp_path: Path, *, given: bool
+) -> None:
+    path = tmp_path / "r0" if given else registry.data_dir.volume("db") / "replica"
+    path.mkdir(parents=True)
+    ReplicaDirectory.create(path, size_bytes=1 << 20)
+    (path / "volume.meta").unlink()  # it is written last
+    replicas = [path] if given else []
+    record = await create_volume(registry, "db", size_bytes=1 << 20, replicas=replicas)
+    assert [replica.made for replica in record.replicas] == ["files" if given else "directory"]
+    ReplicaDirectory.open(path).close()
+
+
+async def test_a_directory_with_something_else_is_no_killed_creation(
+    registry: Registry, tmp_path: Path
+) -> None:
+    path = tmp_path / "r0"
+    ReplicaDirectory.create(path, size_bytes=1 << 20)
+    (path / "volume.meta").unlink()
+    (path / "volume-head-000.img").write_bytes(b"data" * 1024)
+    with pytest.raises(ReplicaForeign, match="is not empty"):
+        await create_volume(registry, "db", size_bytes=1 << 20, replicas=[path])
+    assert (path / "volume-head-000.img").exists()
