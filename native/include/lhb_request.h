@@ -33,7 +33,8 @@ struct lhb_leg {
   struct lhb_job job;
   struct lhb_sync_wait sync;
   struct lhb_message synced;
-  uint32_t written_bytes;
+  uint64_t done_bytes;          /* written or zeroed, from the start on */
+  bool unsure;                  /* and then some part that is not known */
   int error;
   bool used;
 };

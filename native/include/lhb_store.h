@@ -96,6 +96,19 @@ void lhb_store_wrote (struct lhb_store *store, uint64_t block,
  * -EOPNOTSUPP where zeros would have to be written block by block. */
 int lhb_store_zero (struct lhb_store *store, uint64_t offset_bytes,
                     uint64_t length_bytes, bool trim, uint32_t io_flags);
+/* How far it came.  'changed': and did a part of what comes next. */
+struct lhb_progress {
+  uint64_t done_bytes;
+  bool changed;
+};
+int lhb_store_zero_noting (struct lhb_store *store, uint64_t offset_bytes,
+                           uint64_t length_bytes, bool trim, uint32_t io_flags,
+                           struct lhb_progress *progress_out);
+/* After a failed change, whose range is still claimed: what the head's file
+ * has of it and the map does not know is removed, and the map learns of the
+ * discard bits.  Blocks the thread. */
+int lhb_store_settle (struct lhb_store *store, uint64_t block,
+                      uint64_t blocks);
 /* Start loading into the page cache; best effort. */
 void lhb_store_prefetch (struct lhb_store *store, uint64_t block,
                          uint64_t blocks);
@@ -129,7 +142,7 @@ int lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer);
 int lhb_discard_create (struct lhb_store *store, struct lhb_layer *layer,
                         enum lhb_extent_kind kind);
 int lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
-                     uint64_t block, uint64_t blocks);
+                     uint64_t block, uint64_t blocks, bool *changed_io);
 /* The next run of set bits at or after 'block' and before 'end': 1 and the
  * run, 0 when there is none, -errno. */
 int lhb_discard_next (struct lhb_store *store, struct lhb_layer *layer,

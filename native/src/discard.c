@@ -40,7 +40,7 @@ read_window (int fd, uint64_t byte, uint8_t *window, size_t length)
 
 static int
 write_window (struct lhb_store *store, int fd, uint64_t byte,
-              const uint8_t *window, size_t length)
+              const uint8_t *window, size_t length, bool *changed_io)
 {
   size_t put = 0;
   int err = lhb_fault (LHB_FAULT_STORE_DISCARD_WRITE, store->id);
@@ -56,6 +56,7 @@ write_window (struct lhb_store *store, int fd, uint64_t byte,
       if (r == -1)
         return -errno;
       put += (size_t) r;
+      *changed_io = true;
     }
   return 0;
 }
@@ -107,7 +108,7 @@ set_bits (uint8_t *window, uint64_t first, uint64_t last)
   return changed;
 }
 
-/* Set bits of a file; '*changed_io' becomes true if any was clear. */
+/* Set bits of a file; '*changed_io' becomes true if it was written. */
 static int
 set_in_file (struct lhb_store *store, int fd, uint64_t block, uint64_t blocks,
              bool *changed_io)
@@ -128,11 +129,8 @@ set_in_file (struct lhb_store *store, int fd, uint64_t block, uint64_t blocks,
       err = read_window (fd, base / 8 + first_byte, window + first_byte,
                          length);
       if (err == 0 && set_bits (window, block - base, stop - 1 - base))
-        {
-          err = write_window (store, fd, base / 8 + first_byte,
-                              window + first_byte, length);
-          *changed_io = true;
-        }
+        err = write_window (store, fd, base / 8 + first_byte,
+                            window + first_byte, length, changed_io);
       block = stop;
     }
   return err;
@@ -205,7 +203,7 @@ lhb_discard_create (struct lhb_store *store, struct lhb_layer *layer,
 
 int
 lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
-                 uint64_t block, uint64_t blocks)
+                 uint64_t block, uint64_t blocks, bool *changed_io)
 {
   bool changed = false;
   int err;
@@ -216,6 +214,7 @@ lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
     err = set_in_file (store, layer->discard_fd, block, blocks, &changed);
   if (err == 0 && changed && fdatasync (layer->discard_fd) == -1)
     err = -errno;
+  *changed_io |= changed;
   pthread_mutex_unlock (&store->discard_lock);
   return err;
 }
@@ -284,8 +283,9 @@ lhb_discard_copy (struct lhb_store *source_store, struct lhb_layer *source,
 {
   uint8_t want[WINDOW_BYTES], have[WINDOW_BYTES];
   struct stat source_st = { 0 }, target_st = { 0 };
-  int changed = 0, err;
+  bool changed = false;
   off_t byte, size;
+  int err;
 
   err = lhb_discard_open (source_store, source);
   if (err && err != -ENOENT)
@@ -316,10 +316,9 @@ lhb_discard_copy (struct lhb_store *source_store, struct lhb_layer *source,
       if (memcmp (want, have, length) == 0)
         continue;
       err = write_window (target_store, target->discard_fd, (uint64_t) byte,
-                          want, length);
+                          want, length, &changed);
       if (err)
         return err;
-      changed = 1;
     }
   if (changed && fdatasync (target->discard_fd) == -1)
     return -errno;

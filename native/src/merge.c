@@ -105,13 +105,14 @@ merge_discards (struct merge *merge, struct lhb_layer *from,
                 struct lhb_layer *to)
 {
   uint64_t block = merge->block, first, count;
+  bool changed = false;
   int r;
 
   while ((r = lhb_discard_next (merge->store, from, block, merge->end, &first,
                                 &count))
          == 1)
     {
-      r = lhb_discard_set (merge->store, to, first, count);
+      r = lhb_discard_set (merge->store, to, first, count, &changed);
       if (r)
         return r;
       block = first + count;
@@ -270,14 +271,25 @@ lhb_merge_up (lhb_volume *volume, lhb_store *store, int lower, int upper,
                          .store = store,
                          .lower_id = lower,
                          .upper_id = upper };
+  uint64_t size_bytes;
   int64_t copied;
   int err = merge_begin (&merge, offset_bytes, length_bytes);
 
   if (err)
     return err;
+  /* What another program left behind the end of the volume nobody can see. */
+  size_bytes = merge.lower->size_bytes;
+  if (merge.upper->in_map && size_bytes > store->size_bytes)
+    {
+      size_bytes = store->size_bytes;
+      if (merge.end > size_bytes >> LHB_BLOCK_SHIFT)
+        merge.end = size_bytes >> LHB_BLOCK_SHIFT;
+      if (merge.block > merge.end)
+        merge.block = merge.end;
+    }
   copied = adopt_both (&merge);
   if (copied == 0)
-    copied = grow_to (merge.upper, merge.lower->size_bytes);
+    copied = grow_to (merge.upper, size_bytes);
   /* Also space that is zeros by its bit: the map may lead there. */
   if (copied == 0)
     copied = lhb_layer_for_each_extent (atomic_load (&merge.lower->fd),
@@ -315,13 +327,14 @@ static int
 punch_discarded (struct merge *merge)
 {
   uint64_t block = merge->block, first, count;
+  bool changed = false;
   int r;
 
   while ((r = lhb_discard_next (merge->store, merge->upper, block, merge->end,
                                 &first, &count))
          == 1)
     {
-      r = lhb_discard_set (merge->store, merge->lower, first, count);
+      r = lhb_discard_set (merge->store, merge->lower, first, count, &changed);
       if (r == 0)
         r = lhb_layer_punch (atomic_load (&merge->lower->fd), first, count);
       if (r)

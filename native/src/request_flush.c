@@ -13,14 +13,21 @@ run_zero (struct lhb_job *job)
   struct lhb_request *request = leg->request;
   uint32_t index = (uint32_t) (leg - request->legs);
   struct lhb_store *store = request->volume->stores[index];
+  struct lhb_progress progress;
 
   leg->error = atomic_load (&store->sync_failed) ? -EIO : 0;
-  if (leg->error == 0)
-    leg->error = lhb_store_zero (store, request->offset_bytes,
-                                 request->length_bytes,
-                                 request->op == LHB_OP_TRIM, request->flags);
+  if (leg->error)
+    return;
+  leg->error = lhb_store_zero_noting (
+      store, request->offset_bytes, request->length_bytes,
+      request->op == LHB_OP_TRIM, request->flags, &progress);
+  leg->done_bytes = progress.done_bytes;
+  leg->unsure = progress.changed;
   if (leg->error == 0 && request->flags & LHB_IO_FUA)
-    leg->error = lhb_store_sync (store);
+    {
+      leg->error = lhb_store_sync (store);
+      leg->unsure = true;
+    }
 }
 
 static void handle_zero_done (struct lhb_message *message);
@@ -34,12 +41,13 @@ submit_zero (struct lhb_leg *leg)
   lhb_pool_submit (leg->request->volume->engine->pool, &leg->job);
 }
 
-/* Some replicas were fast and others can not be: the slow way for those, for
- * they are not bad.  True: they are under way. */
+/* Some replicas were fast, or came further, and others can not be: the slow way
+ * for those, for they are not bad.  True: they are under way. */
 static bool
 retry_slow_legs (struct lhb_request *request)
 {
   const uint32_t count = request->volume->store_count;
+  uint64_t least = UINT64_MAX, most = 0;
   uint32_t slow = 0, good = 0;
 
   if (!(request->flags & LHB_IO_FAST_ZERO))
@@ -49,8 +57,12 @@ retry_slow_legs (struct lhb_request *request)
       {
         slow += request->legs[i].error == -EOPNOTSUPP;
         good += request->legs[i].error == 0;
+        if (request->legs[i].done_bytes < least)
+          least = request->legs[i].done_bytes;
+        if (request->legs[i].done_bytes > most)
+          most = request->legs[i].done_bytes;
       }
-  if (slow == 0 || good == 0)
+  if (slow == 0 || (good == 0 && least == most))
     return false;
   request->flags &= ~(uint32_t) LHB_IO_FAST_ZERO;
   request->pending = slow;

@@ -3,20 +3,50 @@
 #include <errno.h>
 
 #include "lhb_request_steps.h"
+#include "lhb_util.h"
 
 /* No replica could do it.  Dropping all would lose the volume for a full disk,
- * so those that got furthest stay: they did the same and are equal.  What a
- * failed TRIM or ZERO left cannot be compared, so then only the first stays,
- * unless the file system refused the operation and nothing was done. */
+ * so those that did the same stay, for they are equal: of the amounts that were
+ * done without a doubt, the one most replicas share, and the greatest of such.
+ * Where all are in doubt only the first stays.  Returns the replica to equal. */
+static uint32_t
+choose_model (const struct lhb_request *request)
+{
+  const uint32_t stores = request->volume->store_count;
+  uint32_t best = UINT32_MAX, best_count = 0;
+
+  for (uint32_t i = 0; i < stores; i++)
+    {
+      const struct lhb_leg *leg = &request->legs[i];
+      uint32_t count = 0;
+
+      if (!leg->used)
+        continue;
+      for (uint32_t j = 0; j < stores && !leg->unsure; j++)
+        count += request->legs[j].used && !request->legs[j].unsure
+                 && request->legs[j].done_bytes == leg->done_bytes;
+      if (request->op == LHB_OP_WRITE && count > 1)
+        count = 1;              /* the furthest, for its client retries */
+      if (best == UINT32_MAX || count > best_count
+          || (count == best_count && count > 0
+              && leg->done_bytes > request->legs[best].done_bytes))
+        {
+          best = i;
+          best_count = count;
+        }
+    }
+  return best;
+}
+
 static bool
-stays_when_all_failed (const struct lhb_request *request, uint32_t index,
-                       uint32_t furthest, uint32_t first)
+is_like_model (const struct lhb_request *request, uint32_t index,
+               uint32_t model)
 {
   const struct lhb_leg *leg = &request->legs[index];
 
-  if (request->op == LHB_OP_TRIM || request->op == LHB_OP_ZERO)
-    return index == first || leg->error == -EOPNOTSUPP;
-  return leg->written_bytes == furthest;
+  return index == model
+         || (!leg->unsure && !request->legs[model].unsure
+             && leg->done_bytes == request->legs[model].done_bytes);
 }
 
 /* Judge the replicas' results: one that failed where another succeeded is
@@ -26,7 +56,7 @@ static void
 judge_legs (struct lhb_request *request)
 {
   struct lhb_volume *volume = request->volume;
-  uint32_t furthest = 0, first = UINT32_MAX;
+  uint32_t model = choose_model (request);
   bool any_good = false;
   int error = 0, rw = 0;
 
@@ -37,10 +67,6 @@ judge_legs (struct lhb_request *request)
       if (!leg->used)
         continue;
       any_good |= leg->error == 0;
-      if (first == UINT32_MAX)
-        first = i;
-      if (leg->written_bytes > furthest)
-        furthest = leg->written_bytes;
     }
   for (uint32_t i = 0; i < volume->store_count; i++)
     {
@@ -48,7 +74,7 @@ judge_legs (struct lhb_request *request)
 
       if (!leg->used || leg->error == 0)
         continue;
-      if (any_good || !stays_when_all_failed (request, i, furthest, first))
+      if (any_good || !is_like_model (request, i, model))
         lhb_volume_fail_store (volume, i, -leg->error, request->offset_bytes,
                                request->length_bytes);
     }
@@ -64,11 +90,60 @@ judge_legs (struct lhb_request *request)
     lhb_volume_report_full (volume, request->offset_bytes);
 }
 
+static void
+run_settle (struct lhb_job *job)
+{
+  struct lhb_request *request
+      = lhb_container_of (job, struct lhb_request, job);
+  uint64_t first = request->offset_bytes >> LHB_BLOCK_SHIFT;
+  uint64_t end = (request->offset_bytes + request->length_bytes
+                  + LHB_BLOCK_BYTES - 1)
+                 >> LHB_BLOCK_SHIFT;
+
+  for (uint32_t i = 0; i < request->volume->store_count; i++)
+    {
+      struct lhb_leg *leg = &request->legs[i];
+
+      if (leg->used && leg->error
+          && lhb_store_settle (request->volume->stores[i], first, end - first)
+                 != 0)
+        leg->unsure = true;
+    }
+}
+
+static void
+handle_settled (struct lhb_message *message)
+{
+  struct lhb_request *request
+      = lhb_container_of (message, struct lhb_request, job.done);
+
+  judge_legs (request);
+  lhb_request_finish_change (request);
+}
+
+/* A change that failed may have left in a head's file what its map does not
+ * know; nobody else sees the range until that is put right. */
+static bool
+needs_settling (const struct lhb_request *request)
+{
+  bool any = false;
+
+  for (uint32_t i = 0; i < request->volume->store_count; i++)
+    any |= request->legs[i].used && request->legs[i].error
+           && request->legs[i].error != -EOPNOTSUPP;
+  return any && request->op != LHB_OP_FLUSH;
+}
+
 void
 lhb_request_end_leg (struct lhb_request *request)
 {
   if (--request->pending > 0)
     return;
+  if (needs_settling (request))
+    {
+      lhb_request_submit_job (request, run_settle, handle_settled);
+      return;
+    }
   judge_legs (request);
   lhb_request_finish_change (request);
 }
@@ -86,7 +161,8 @@ lhb_request_enlist (struct lhb_request *request)
       leg->request = request;
       leg->used = lhb_request_is_rw (volume, i);
       leg->error = 0;
-      leg->written_bytes = 0;
+      leg->done_bytes = 0;
+      leg->unsure = false;
       count += leg->used;
     }
   /* One more than the legs, so that legs that end at once do not finish the

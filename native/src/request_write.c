@@ -19,10 +19,10 @@ write_io_done (struct lhb_io *io)
   struct lhb_store *store = request->volume->stores[index];
   int fault = lhb_fault (LHB_FAULT_STORE_WRITE, store->id);
 
-  leg->written_bytes = io->result > 0 ? (uint32_t) io->result : 0;
+  leg->done_bytes = io->result > 0 ? (uint32_t) io->result : 0;
   if (io->result < 0)
     leg->error = io->result;
-  else if (leg->written_bytes != io->length_bytes)
+  else if (leg->done_bytes != io->length_bytes)
     leg->error = -ENOSPC;       /* what cuts a write short is a full disk */
   if (fault)
     leg->error = fault;
@@ -30,7 +30,11 @@ write_io_done (struct lhb_io *io)
    * an older write: no fdatasync will report it again. */
   if (leg->error == -EIO && request->flags & LHB_IO_FUA)
     atomic_store (&store->sync_failed, true);
-  lhb_store_wrote (store, request->first_block, leg->written_bytes);
+  /* What reached the disk is unknown, unless there was no room for it. */
+  leg->unsure = lhb_store_is_direct (store) && leg->error != 0
+                && leg->error != -ENOSPC && leg->error != -EDQUOT
+                && leg->error != -EFBIG && leg->error != -ENOMEM;
+  lhb_store_wrote (store, request->first_block, leg->done_bytes);
   lhb_request_end_leg (request);
 }
 
@@ -43,10 +47,10 @@ lhb_leg_write (struct lhb_leg *leg)
   struct lhb_store *store = request->volume->stores[index];
   uint64_t before = lhb_now_ns (), after;
 
-  leg->written_bytes
+  leg->done_bytes
       = lhb_store_write (store, request->first_block, request->block_count,
                          request->buffer, 0, &leg->error);
-  lhb_store_wrote (store, request->first_block, leg->written_bytes);
+  lhb_store_wrote (store, request->first_block, leg->done_bytes);
   after = lhb_now_ns ();
   if (after - before > LHB_SLOW_WRITE_NS)
     atomic_store_explicit (&store->slow_until_ns, after + LHB_SLOW_PENALTY_NS,

@@ -136,7 +136,8 @@ lhb_store_wrote (struct lhb_store *store, uint64_t block,
 
 /* Zero a part of one block by rewriting it. */
 static int
-zero_part (struct lhb_store *store, uint64_t offset, uint64_t length)
+zero_part (struct lhb_store *store, uint64_t offset, uint64_t length,
+           bool *changed_io)
 {
   uint64_t block = offset >> LHB_BLOCK_SHIFT;
   char *buffer;
@@ -152,6 +153,7 @@ zero_part (struct lhb_store *store, uint64_t offset, uint64_t length)
   if (err == 0)
     {
       memset (buffer + offset % LHB_BLOCK_BYTES, 0, (size_t) length);
+      *changed_io = true;
       lhb_store_wrote (store, block,
                        lhb_store_write (store, block, 1, buffer, 0, &err));
     }
@@ -223,28 +225,36 @@ try_zero_range (struct lhb_store *store)
 /* Space that is zeros although it is not written.  The bits say so after a
  * restart, and come first as those of a TRIM do. */
 static int
-make_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks)
+make_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks,
+            bool *changed_io)
 {
   int err = try_zero_range (store);
 
   if (err == 0)
-    err = lhb_discard_set (store, &store->layers[store->head], block, blocks);
+    err = lhb_discard_set (store, &store->layers[store->head], block, blocks,
+                           changed_io);
   if (err == 0)
-    err = change_space (store, FALLOC_FL_ZERO_RANGE, block, blocks);
+    {
+      *changed_io = true;
+      err = change_space (store, FALLOC_FL_ZERO_RANGE, block, blocks);
+    }
   return err;
 }
 
 static int
 allocate_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks,
-                uint32_t io_flags)
+                uint32_t io_flags, bool *changed_io)
 {
   int err = lhb_map_reserve_head (store->map, block, blocks);
 
   if (err)
     return err;
-  err = make_zeros (store, block, blocks);
+  err = make_zeros (store, block, blocks, changed_io);
   if (err == -EOPNOTSUPP && (io_flags & LHB_IO_FAST_ZERO) == 0)
-    err = write_zero_blocks (store, block, blocks);
+    {
+      *changed_io = true;
+      err = write_zero_blocks (store, block, blocks);
+    }
   if (err == 0)
     lhb_store_wrote (store, block, blocks << LHB_BLOCK_SHIFT);
   return err;
@@ -253,16 +263,22 @@ allocate_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks,
 /* TRIM of whole blocks.  The bits are durable before the hole is made, so no
  * crash can show what an older layer has there. */
 static int
-trim_blocks (struct lhb_store *store, uint64_t block, uint64_t blocks)
+trim_blocks (struct lhb_store *store, uint64_t block, uint64_t blocks,
+             bool *changed_io)
 {
   int err = 0;
 
   if (lhb_map_any_lower (store->map, block, blocks))
-    err = lhb_discard_set (store, &store->layers[store->head], block, blocks);
+    err = lhb_discard_set (store, &store->layers[store->head], block, blocks,
+                           changed_io);
   else if (!lhb_map_any_head (store->map, block, blocks))
     return 0;                   /* nothing is here: mkfs discards everything */
   if (err == 0)
-    err = change_space (store, FALLOC_FL_PUNCH_HOLE, block, blocks);
+    {
+      err = change_space (store, FALLOC_FL_PUNCH_HOLE, block, blocks);
+      /* Refused by the file system, or done in an unknown part. */
+      *changed_io |= err != -EOPNOTSUPP;
+    }
   if (err == 0)
     err = lhb_map_discard (store->map, block, blocks);
   return err;
@@ -272,22 +288,23 @@ trim_blocks (struct lhb_store *store, uint64_t block, uint64_t blocks)
  * bits, so where a lower layer has data the zeros must be data, too. */
 static int
 zero_blocks (struct lhb_store *store, uint64_t block, uint64_t blocks,
-             uint32_t io_flags)
+             uint32_t io_flags, bool *changed_io)
 {
   bool no_hole = (io_flags & LHB_IO_NO_HOLE) != 0;
   int err = -EOPNOTSUPP;
 
   if (!no_hole && !lhb_map_any_lower (store->map, block, blocks))
-    err = trim_blocks (store, block, blocks);
+    err = trim_blocks (store, block, blocks, changed_io);
   /* Without holes, space is the next best. */
   if (err == -EOPNOTSUPP)
-    err = allocate_zeros (store, block, blocks, io_flags);
+    err = allocate_zeros (store, block, blocks, io_flags, changed_io);
   return err;
 }
 
 int
-lhb_store_zero (struct lhb_store *store, uint64_t offset_bytes,
-                uint64_t length_bytes, bool trim, uint32_t io_flags)
+lhb_store_zero_noting (struct lhb_store *store, uint64_t offset_bytes,
+                       uint64_t length_bytes, bool trim, uint32_t io_flags,
+                       struct lhb_progress *progress)
 {
   /* Small steps where zeros may have to be allocated, so that a sparse range
    * below does not make the whole range dense. */
@@ -299,22 +316,75 @@ lhb_store_zero (struct lhb_store *store, uint64_t offset_bytes,
   uint64_t last = end >> LHB_BLOCK_SHIFT;       /* exclusive */
   int err = 0;
 
+  *progress = (struct lhb_progress) { 0, false };
   if (first > last)             /* inside one block */
-    return zero_part (store, offset_bytes, length_bytes);
+    return zero_part (store, offset_bytes, length_bytes, &progress->changed);
   /* The edges last: what can not be fast is refused before it began. */
   for (uint64_t block = first, count; err == 0 && block < last;
        block += count)
     {
       count = last - block < step_blocks ? last - block : step_blocks;
-      err = trim ? trim_blocks (store, block, count)
-                 : zero_blocks (store, block, count, io_flags);
+      err = trim ? trim_blocks (store, block, count, &progress->changed)
+                 : zero_blocks (store, block, count, io_flags,
+                                &progress->changed);
+      if (err == 0)
+        *progress = (struct lhb_progress) {
+          progress->done_bytes + (count << LHB_BLOCK_SHIFT), false
+        };
     }
   if (err == 0 && offset_bytes < first << LHB_BLOCK_SHIFT)
     err = zero_part (store, offset_bytes,
-                     (first << LHB_BLOCK_SHIFT) - offset_bytes);
+                     (first << LHB_BLOCK_SHIFT) - offset_bytes,
+                     &progress->changed);
   if (err == 0 && end > last << LHB_BLOCK_SHIFT)
     err = zero_part (store, last << LHB_BLOCK_SHIFT,
-                     end - (last << LHB_BLOCK_SHIFT));
+                     end - (last << LHB_BLOCK_SHIFT), &progress->changed);
+  return err;
+}
+
+int
+lhb_store_zero (struct lhb_store *store, uint64_t offset_bytes,
+                uint64_t length_bytes, bool trim, uint32_t io_flags)
+{
+  struct lhb_progress progress;
+
+  return lhb_store_zero_noting (store, offset_bytes, length_bytes, trim,
+                                io_flags, &progress);
+}
+
+/* Blocks that are not in the head by the map: no data of them in its file. */
+static int
+settle_run (struct lhb_store *store, uint64_t block, uint64_t blocks)
+{
+  struct lhb_layer *head = &store->layers[store->head];
+  uint64_t end = block + blocks, first, count;
+  int r = change_space (store, FALLOC_FL_PUNCH_HOLE, block, blocks);
+
+  while (r == 0
+         && (r = lhb_discard_next (store, head, block, end, &first, &count))
+                == 1)
+    {
+      r = lhb_map_discard (store->map, first, count);
+      block = first + count;
+    }
+  return r;
+}
+
+int
+lhb_store_settle (struct lhb_store *store, uint64_t block, uint64_t blocks)
+{
+  int err = 0;
+
+  while (err == 0 && blocks > 0)
+    {
+      uint32_t most = blocks > UINT32_MAX ? UINT32_MAX : (uint32_t) blocks;
+      struct lhb_run run = lhb_map_lookup (store->map, block, most);
+
+      if (run.layer != LHB_MAP_HEAD)
+        err = settle_run (store, block, run.blocks);
+      block += run.blocks;
+      blocks -= run.blocks;
+    }
   return err;
 }
 

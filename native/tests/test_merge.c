@@ -676,6 +676,34 @@ unwritten_space_merges_as_what_it_is_in_each_layer (void)
   lhb_engine_close (engine);
 }
 
+static void
+lower_layer_longer_than_the_volume_is_clipped (void)
+{
+  static const char *const chain[] = { "lower", "head", NULL };
+  lhb_engine *engine = engine_make (LHB_DRIVER_POOL, 1);
+  char *model = blocks_alloc (16);
+  struct replica replica;
+  lhb_store *store;
+  struct stat st;
+
+  replica_make (&replica);
+  replica_image (&replica, "lower", 32 * BLOCK);
+  replica_image (&replica, "head", 16 * BLOCK);
+  replica_fill (&replica, "lower", 8, 20, 'l');
+  memset (model + 8 * BLOCK, 'l', 8 * BLOCK);
+  store = store_open (engine, &replica, 16 * BLOCK, 0, chain);
+  for (uint64_t at = 0; at < 32; at += 8)
+    CHECK (lhb_merge_up (NULL, store, 1, 2, at * BLOCK, 8 * BLOCK) >= 0);
+  store_check (store, model, 16);
+  lhb_store_close (store);
+  CHECK_EQUAL (fstatat (replica.fd, "head", &st, 0), 0);
+  CHECK_EQUAL (st.st_size, 16 * BLOCK);
+  replica_check (engine, &replica, chain + 1, model, 16);
+  replica_remove (&replica);
+  free (model);
+  lhb_engine_close (engine);
+}
+
 static const struct lhb_test tests[] = {
   LHB_TEST (merge_up_changes_no_snapshot_at_any_step),
   LHB_TEST (merge_down_changes_no_snapshot_at_any_step),
@@ -691,6 +719,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (prune_below_the_head_spares_what_a_failed_write_left),
   LHB_TEST (prune_syncs_what_hides_before_it_frees),
   LHB_TEST (unwritten_space_merges_as_what_it_is_in_each_layer),
+  LHB_TEST (lower_layer_longer_than_the_volume_is_clipped),
 };
 
 LHB_TEST_MAIN (tests)

@@ -436,6 +436,7 @@ discard_bits_are_found_across_windows (void)
   lhb_engine *engine = engine_make (LHB_DRIVER_POOL, 1);
   uint64_t first, count, at = 0;
   struct replica replica;
+  bool changed = false;
   lhb_store *store;
 
   replica_make (&replica);
@@ -446,7 +447,7 @@ discard_bits_are_found_across_windows (void)
                           (const char *const[]){ "head", NULL });
       for (int i = 4; pass == 0 && i >= 0; i--)
         CHECK_EQUAL (lhb_discard_set (store, &store->layers[store->head],
-                                      runs[i].first, runs[i].count),
+                                      runs[i].first, runs[i].count, &changed),
                      0);
       at = 0;
       for (int i = 0; i < 5; i++)

@@ -447,6 +447,68 @@ disk_full_everywhere_drops_none_and_is_reported (void)
   rig_close (&rig);
 }
 
+static void
+trim_without_room_for_its_bits_drops_none (void)
+{
+  static const uint32_t ops[] = { LHB_OP_TRIM, LHB_OP_ZERO };
+
+  for (int i = 0; i < 2; i++)
+    {
+      struct rig rig;
+
+      rig_open (&rig, LHB_DRIVER_AUTO, 0, 3, BLOCKS);
+      for (int r = 0; r < 3; r++)
+        replica_fill (&rig.replicas[r], "base", 0, BLOCKS, 'b');
+      for (int r = 0; r < 3; r++)
+        CHECK_EQUAL (lhb_map_add_layer (rig.stores[r]->map, 1, 0, BLOCKS), 0);
+      CHECK_EQUAL (lhb_fault_arm ("store.discard_write", ENOSPC, 0, 0, 3), 0);
+      CHECK_EQUAL (rig_io (&rig, ops[i], 0, 0, SIZE, 0), -ENOSPC);
+      CHECK_EQUAL (engine_wait_event (rig.engine).type,
+                   LHB_EVENT_OUT_OF_SPACE);
+      CHECK (!rig_has_event (&rig));
+      rig_check_equal (&rig);
+      rig_close (&rig);
+    }
+}
+
+/* The file has a part of the failed write, which the map does not know. */
+static void
+failed_write_leaves_nothing_that_a_restart_would_show (void)
+{
+  struct rig rig;
+  struct lhb_extent extent;
+  int fd;
+
+  rig_open (&rig, LHB_DRIVER_AUTO, 0, 1, BLOCKS);
+  replica_fill (&rig.replicas[0], "head", 4, 3, 'x');
+  CHECK_EQUAL (lhb_fault_arm ("store.write", ENOSPC, 0, 0, 1), 0);
+  CHECK_EQUAL (rig_io (&rig, LHB_OP_WRITE, 0, 4 * BLOCK, 3 * BLOCK, 'w'),
+               -ENOSPC);
+  fd = replica_open_image (&rig.replicas[0], "head");
+  CHECK_EQUAL (lhb_file_extents (fd, 0, &extent, 1), 0);
+  close (fd);
+  rig_close (&rig);
+}
+
+/* What reached the disks nobody knows: two may differ. */
+static void
+direct_writes_that_fail_everywhere_leave_one_replica (void)
+{
+  struct rig rig;
+  struct rig_call call;
+  struct lhb_event event;
+
+  rig_open (&rig, LHB_DRIVER_AUTO, LHB_STORE_DIRECT, 2, BLOCKS);
+  CHECK_EQUAL (lhb_fault_arm ("store.write", EIO, 0, 0, 2), 0);
+  rig_start (&rig, &call, LHB_OP_WRITE, 0, 0, 4 * BLOCK, 'w');
+  event = engine_wait_event (rig.engine);
+  CHECK_EQUAL (event.type, LHB_EVENT_STORE_FAILED);
+  CHECK_EQUAL (event.subject_id, lhb_store_id (rig.stores[1]));
+  CHECK_EQUAL (lhb_volume_fenced (rig.volume, event.subject_id), 0);
+  CHECK_EQUAL (rig_finish (&call), -EIO);
+  rig_close (&rig);
+}
+
 /* All fail, but one wrote more than the others: these are not equal to it. */
 static void
 replica_that_got_furthest_stays (void)
@@ -818,6 +880,9 @@ static const struct lhb_test tests[] = {
   LHB_TEST (last_replica_returns_its_error_and_stays),
   LHB_TEST (failed_flush_of_the_last_replica_ends_its_writes),
   LHB_TEST (disk_full_everywhere_drops_none_and_is_reported),
+  LHB_TEST (trim_without_room_for_its_bits_drops_none),
+  LHB_TEST (failed_write_leaves_nothing_that_a_restart_would_show),
+  LHB_TEST (direct_writes_that_fail_everywhere_leave_one_replica),
   LHB_TEST (replica_that_got_furthest_stays),
   LHB_TEST (fast_zero_drops_no_replica_that_is_slow),
   LHB_TEST (replicas_that_fail_under_load_leave_the_others_equal),
