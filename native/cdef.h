@@ -233,6 +233,10 @@ void lhb_volume_statistics (const lhb_volume *volume,
  * closes it and posts LHB_EVENT_CONNECTION_CLOSED. */
 int lhb_nbd_attach (lhb_volume *volume, int socket_fd, uint32_t flags,
                     uint32_t base_allocation_id, uint64_t *connection_id_out);
+/* The same for the data connection of an engine to this replica, whose store
+ * is the volume's only one (native/include/lhb_replica_wire.h). */
+int lhb_replica_attach (lhb_volume *volume, int socket_fd,
+                        uint64_t *connection_id_out);
 /* Its requests end, their replies are dropped.  -ENOENT: gone already. */
 int lhb_connection_close (lhb_volume *volume, uint64_t connection_id);
 

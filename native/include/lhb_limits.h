@@ -7,11 +7,11 @@
 #define LHB_WORKERS_MAX 64
 #define LHB_EVENTS_MAX 1024             /* records of the event ring */
 
-/* Largest READ or WRITE announced to NBD clients. */
-#define LHB_NBD_PAYLOAD_MAX (32u << 20)
+/* Largest READ or WRITE; announced to NBD clients. */
+#define LHB_PAYLOAD_BYTES_MAX (32u << 20)
 /* A refused WRITE up to this size is read and thrown away; beyond it the
  * connection is closed. */
-#define LHB_NBD_SKIP_MAX (64u << 20)
+#define LHB_SKIP_BYTES_MAX (64u << 20)
 #define LHB_NBD_EXTENTS_MAX 1000        /* descriptors of one block status */
 
 /* Buffers and requests of one connection.  They are its own, so a client
@@ -19,7 +19,7 @@
 #define LHB_CONN_REQUESTS 256
 #define LHB_CONN_SLAB_CLASSES 5
 /* (blocks of a slab, slabs): any request of 4 KiB, 128 KiB, 1 MiB, 4 MiB and
- * LHB_NBD_PAYLOAD_MAX at any alignment fits its class.  Address space only:
+ * LHB_PAYLOAD_BYTES_MAX at any alignment fits its class.  Address space only:
  * untouched slabs cost no memory. */
 #define LHB_CONN_SLAB_TABLE                                                   \
   { { 2, 256 }, { 33, 64 }, { 257, 16 }, { 1025, 8 }, { 8193, 1 } }

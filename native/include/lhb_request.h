@@ -84,6 +84,16 @@ void lhb_request_resume_held (struct lhb_message *message);
 void lhb_leg_write (struct lhb_leg *leg);
 void lhb_leg_done (struct lhb_leg *leg);
 
+/* Whole blocks that a byte range touches. */
+static inline uint32_t
+lhb_request_span_blocks (uint64_t offset_bytes, uint32_t length_bytes)
+{
+  uint64_t start = offset_bytes % LHB_BLOCK_BYTES;
+
+  return (uint32_t) ((start + length_bytes + LHB_BLOCK_BYTES - 1)
+                     / LHB_BLOCK_BYTES);
+}
+
 static inline bool
 lhb_request_is_partial (uint64_t offset_bytes, uint64_t length_bytes)
 {

@@ -28,7 +28,7 @@ struct lhb_counters {
   _Atomic uint64_t in_flight, freeze_ns_max;
 };
 
-struct lhb_nbd_connection;
+struct lhb_connection;
 
 struct lhb_volume {
   struct lhb_engine *engine;
@@ -53,7 +53,7 @@ struct lhb_volume {
   _Atomic bool gate_shut;
   struct lhb_request *gated;    /* flushes and FUA waiting for the gate */
   struct lhb_request *held;     /* done, but not to be acknowledged yet */
-  struct lhb_nbd_connection *connections;
+  struct lhb_connection *connections;
   uint64_t connection_count;
   uint64_t last_full_event_ns;
 

@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#include "lhb_nbd.h"
+#include "lhb_slab.h"
 
 static const struct {
   uint32_t blocks, count;

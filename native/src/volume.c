@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "lhb_nbd.h"
+#include "lhb_connection.h"
 #include "lhb_queue.h"
 #include "lhb_util.h"
 #include "lhb_volume.h"
@@ -75,7 +75,7 @@ lhb_volume_close (lhb_volume *volume)
   if (volume == NULL)
     return;
   lhb_volume_gate_flushes (volume, 0);
-  lhb_nbd_close_all (volume);
+  lhb_connections_close_all (volume);
   pthread_mutex_lock (&volume->lock);
   /* Nobody will fence any more: what waits for that was not acknowledged and
    * now ends with an error. */

@@ -1,4 +1,4 @@
-/* NBD connection: its socket, its life, and the replies it sends.
+/* Connection: its socket, its life, and the replies it sends.
  *
  * The socket is registered once, edge-triggered; 'readable' and 'writable'
  * remember what the edges said.  A connection ends when it is closing, none
@@ -17,67 +17,20 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "lhb_connection.h"
 #include "lhb_fault.h"
-#include "lhb_nbd.h"
-#include "lhb_nbd_receive.h"
 #include "lhb_util.h"
 #include "lhb_volume.h"
 
 /* ---- Replies. */
 
-/* Space for the fields of a structured reply before its payload. */
-static void
-put_structured (struct lhb_nbd_slot *slot, uint16_t type,
-                uint32_t length_bytes)
-{
-  lhb_put_be32 (slot->reply, NBD_STRUCTURED_REPLY_MAGIC);
-  lhb_put_be16 (slot->reply + 4, NBD_REPLY_FLAG_DONE);
-  lhb_put_be16 (slot->reply + 6, type);
-  lhb_put_be64 (slot->reply + 8, slot->header.cookie);
-  lhb_put_be32 (slot->reply + 16, length_bytes);
-  slot->reply_bytes = 20;
-}
-
-static void
-put_simple (struct lhb_nbd_slot *slot, uint32_t error)
-{
-  lhb_put_be32 (slot->reply, NBD_SIMPLE_REPLY_MAGIC);
-  lhb_put_be32 (slot->reply + 4, error);
-  lhb_put_be64 (slot->reply + 8, slot->header.cookie);
-  slot->reply_bytes = 16;
-}
-
 void
-lhb_nbd_reply (struct lhb_nbd_slot *slot, uint32_t error)
+lhb_connection_reply (struct lhb_slot *slot, uint32_t error)
 {
-  struct lhb_nbd_connection *connection = slot->connection;
-  bool structured = (connection->flags & LHB_NBD_STRUCTURED) != 0
-                    && (slot->header.type == NBD_CMD_READ
-                        || slot->header.type == NBD_CMD_BLOCK_STATUS);
+  struct lhb_connection *connection = slot->connection;
 
-  if (error)
-    {
-      slot->payload = NULL;
-      slot->payload_bytes = 0;
-    }
-  if (!structured)
-    put_simple (slot, error);
-  else if (error)
-    {
-      put_structured (slot, NBD_REPLY_TYPE_ERROR, 6);
-      lhb_put_be32 (slot->reply + 20, error);
-      lhb_put_be16 (slot->reply + 24, 0);       /* no message */
-      slot->reply_bytes = 26;
-    }
-  else if (slot->header.type == NBD_CMD_READ)
-    {
-      put_structured (slot, NBD_REPLY_TYPE_OFFSET_DATA,
-                      8 + slot->payload_bytes);
-      lhb_put_be64 (slot->reply + 20, slot->header.offset_bytes);
-      slot->reply_bytes = 28;
-    }
-  else
-    put_structured (slot, NBD_REPLY_TYPE_BLOCK_STATUS, slot->payload_bytes);
+  connection->protocol->format_reply (slot, error);
+  assert (slot->reply_bytes > 0 && slot->reply_bytes <= sizeof slot->reply);
   slot->next = NULL;
   *connection->replies_tail = slot;
   connection->replies_tail = &slot->next;
@@ -85,9 +38,9 @@ lhb_nbd_reply (struct lhb_nbd_slot *slot, uint32_t error)
 }
 
 void
-lhb_nbd_free_slot (struct lhb_nbd_slot *slot)
+lhb_connection_free_slot (struct lhb_slot *slot)
 {
-  struct lhb_nbd_connection *connection = slot->connection;
+  struct lhb_connection *connection = slot->connection;
 
   if (slot->slab != NULL)
     lhb_slabs_give (&connection->slabs, slot->slab);
@@ -100,24 +53,24 @@ lhb_nbd_free_slot (struct lhb_nbd_slot *slot)
 }
 
 static void
-retire_first_reply (struct lhb_nbd_connection *connection)
+retire_first_reply (struct lhb_connection *connection)
 {
-  struct lhb_nbd_slot *slot = connection->replies;
+  struct lhb_slot *slot = connection->replies;
 
   connection->replies = slot->next;
   if (connection->replies == NULL)
     connection->replies_tail = &connection->replies;
   connection->reply_sent_bytes = 0;
-  lhb_nbd_free_slot (slot);
+  lhb_connection_free_slot (slot);
 }
 
 static unsigned
-gather_replies (struct lhb_nbd_connection *connection, struct iovec *iov)
+gather_replies (struct lhb_connection *connection, struct iovec *iov)
 {
   size_t skip = connection->reply_sent_bytes;
   unsigned count = 0;
 
-  for (struct lhb_nbd_slot *slot = connection->replies;
+  for (struct lhb_slot *slot = connection->replies;
        slot != NULL && count + 2 <= LHB_CONN_SEND_IOV_MAX; slot = slot->next)
     {
       if (skip < slot->reply_bytes)
@@ -134,11 +87,11 @@ gather_replies (struct lhb_nbd_connection *connection, struct iovec *iov)
 }
 
 static void
-retire_sent (struct lhb_nbd_connection *connection, size_t sent_bytes)
+retire_sent (struct lhb_connection *connection, size_t sent_bytes)
 {
   while (sent_bytes > 0)
     {
-      struct lhb_nbd_slot *slot = connection->replies;
+      struct lhb_slot *slot = connection->replies;
       size_t left = (size_t) slot->reply_bytes + slot->payload_bytes
                     - connection->reply_sent_bytes;
 
@@ -153,14 +106,14 @@ retire_sent (struct lhb_nbd_connection *connection, size_t sent_bytes)
 }
 
 static void
-drop_replies (struct lhb_nbd_connection *connection)
+drop_replies (struct lhb_connection *connection)
 {
   while (connection->replies != NULL)
     retire_first_reply (connection);
 }
 
 void
-lhb_nbd_give_up (struct lhb_nbd_connection *connection, int reason)
+lhb_connection_give_up (struct lhb_connection *connection, int reason)
 {
   if (!connection->closing)
     connection->close_reason = reason;
@@ -170,7 +123,7 @@ lhb_nbd_give_up (struct lhb_nbd_connection *connection, int reason)
 }
 
 static void
-send_replies (struct lhb_nbd_connection *connection)
+send_replies (struct lhb_connection *connection)
 {
   while (connection->replies != NULL && connection->writable
          && !connection->dead)
@@ -189,7 +142,7 @@ send_replies (struct lhb_nbd_connection *connection)
       else if (err == 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
         connection->writable = false;
       else if (err || errno != EINTR)
-        lhb_nbd_give_up (connection, LHB_CLOSE_SOCKET_ERROR);
+        lhb_connection_give_up (connection, LHB_CLOSE_SOCKET_ERROR);
     }
   if (connection->dead)
     drop_replies (connection);
@@ -198,7 +151,7 @@ send_replies (struct lhb_nbd_connection *connection)
 /* ---- Life. */
 
 static void
-release (struct lhb_nbd_connection *connection)
+release (struct lhb_connection *connection)
 {
   lhb_slabs_close (&connection->slabs);
   free (connection->receive);
@@ -206,7 +159,7 @@ release (struct lhb_nbd_connection *connection)
 }
 
 static void
-unlink_connection (struct lhb_nbd_connection *connection)
+unlink_connection (struct lhb_connection *connection)
 {
   struct lhb_volume *volume = connection->volume;
 
@@ -222,7 +175,7 @@ unlink_connection (struct lhb_nbd_connection *connection)
 
 /* False: a message to this connection is still on its way. */
 static bool
-try_destroy (struct lhb_nbd_connection *connection)
+try_destroy (struct lhb_connection *connection)
 {
   struct lhb_volume *volume = connection->volume;
   struct lhb_event event = {
@@ -255,17 +208,17 @@ try_destroy (struct lhb_nbd_connection *connection)
 static void
 turn_end (struct lhb_turn_end *self)
 {
-  struct lhb_nbd_connection *connection
-      = lhb_container_of (self, struct lhb_nbd_connection, turn_end);
+  struct lhb_connection *connection
+      = lhb_container_of (self, struct lhb_connection, turn_end);
 
   send_replies (connection);
   connection->starved = false;
   if (!connection->closing)
-    lhb_nbd_pump (connection);
+    lhb_connection_pump (connection);
   if (connection->closing && connection->receiving != NULL)
     {
       /* The rest of this write will not come: it never happened. */
-      lhb_nbd_free_slot (connection->receiving);
+      lhb_connection_free_slot (connection->receiving);
       connection->receiving = NULL;
     }
   if (connection->closing && connection->in_flight == 0)
@@ -275,8 +228,8 @@ turn_end (struct lhb_turn_end *self)
 static void
 socket_ready (struct lhb_pollable *self, uint32_t epoll_events)
 {
-  struct lhb_nbd_connection *connection
-      = lhb_container_of (self, struct lhb_nbd_connection, socket);
+  struct lhb_connection *connection
+      = lhb_container_of (self, struct lhb_connection, socket);
 
   if (epoll_events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
     connection->readable = true;
@@ -287,38 +240,38 @@ socket_ready (struct lhb_pollable *self, uint32_t epoll_events)
   if (epoll_events & (EPOLLHUP | EPOLLERR) && connection->closing)
     connection->dead = true;    /* nobody is left to read the replies */
   if (!connection->closing && !connection->starved)
-    lhb_nbd_pump (connection);
+    lhb_connection_pump (connection);
   lhb_queue_at_turn_end (connection->queue, &connection->turn_end);
 }
 
 static void
 handle_close_asked (struct lhb_message *message)
 {
-  struct lhb_nbd_connection *connection = lhb_container_of (
-      message, struct lhb_nbd_connection, close_asked);
+  struct lhb_connection *connection = lhb_container_of (
+      message, struct lhb_connection, close_asked);
 
   connection->close_handled = true;
-  lhb_nbd_give_up (connection, LHB_CLOSE_ASKED);
+  lhb_connection_give_up (connection, LHB_CLOSE_ASKED);
   lhb_queue_at_turn_end (connection->queue, &connection->turn_end);
 }
 
 static void
 handle_attach (struct lhb_message *message)
 {
-  struct lhb_nbd_connection *connection
-      = lhb_container_of (message, struct lhb_nbd_connection, attach);
+  struct lhb_connection *connection
+      = lhb_container_of (message, struct lhb_connection, attach);
 
   if (lhb_queue_watch (connection->queue, &connection->socket,
                        EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
       != 0)
-    lhb_nbd_give_up (connection, LHB_CLOSE_SOCKET_ERROR);
+    lhb_connection_give_up (connection, LHB_CLOSE_SOCKET_ERROR);
   lhb_queue_at_turn_end (connection->queue, &connection->turn_end);
 }
 
 static int
-make_connection (struct lhb_nbd_connection **connection_out)
+make_connection (struct lhb_connection **connection_out)
 {
-  struct lhb_nbd_connection *connection;
+  struct lhb_connection *connection;
   int err;
 
   connection = mmap (NULL, sizeof *connection, PROT_READ | PROT_WRITE,
@@ -343,11 +296,13 @@ make_connection (struct lhb_nbd_connection **connection_out)
 }
 
 int
-lhb_nbd_attach (lhb_volume *volume, int socket_fd, uint32_t flags,
-                uint32_t base_allocation_id, uint64_t *connection_id_out)
+lhb_connection_attach (struct lhb_volume *volume,
+                       const struct lhb_protocol *protocol, int socket_fd,
+                       uint32_t flags, uint32_t base_allocation_id,
+                       uint64_t *connection_id_out)
 {
   struct lhb_engine *engine = volume->engine;
-  struct lhb_nbd_connection *connection = NULL;
+  struct lhb_connection *connection = NULL;
   uint32_t index;
   int err, fd_flags = fcntl (socket_fd, F_GETFL);
 
@@ -359,6 +314,7 @@ lhb_nbd_attach (lhb_volume *volume, int socket_fd, uint32_t flags,
     return err;
   index = atomic_fetch_add (&engine->next_queue, 1) % engine->queue_count;
   connection->socket.fd = socket_fd;
+  connection->protocol = protocol;
   connection->volume = volume;
   connection->queue = engine->queues[index];
   connection->id = lhb_engine_new_id (engine);
@@ -386,7 +342,7 @@ lhb_nbd_attach (lhb_volume *volume, int socket_fd, uint32_t flags,
 }
 
 static void
-post_close (struct lhb_nbd_connection *connection)
+post_close (struct lhb_connection *connection)
 {
   if (connection->close_posted)
     return;
@@ -400,7 +356,7 @@ lhb_connection_close (lhb_volume *volume, uint64_t connection_id)
   int err = -ENOENT;
 
   pthread_mutex_lock (&volume->lock);
-  for (struct lhb_nbd_connection *connection = volume->connections;
+  for (struct lhb_connection *connection = volume->connections;
        connection != NULL; connection = connection->next)
     if (connection->id == connection_id)
       {
@@ -412,10 +368,10 @@ lhb_connection_close (lhb_volume *volume, uint64_t connection_id)
 }
 
 void
-lhb_nbd_close_all (struct lhb_volume *volume)
+lhb_connections_close_all (struct lhb_volume *volume)
 {
   pthread_mutex_lock (&volume->lock);
-  for (struct lhb_nbd_connection *connection = volume->connections;
+  for (struct lhb_connection *connection = volume->connections;
        connection != NULL; connection = connection->next)
     post_close (connection);
   pthread_mutex_unlock (&volume->lock);

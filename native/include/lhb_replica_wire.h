@@ -1,0 +1,41 @@
+/* Frames between an engine and a replica.
+ *
+ * Source: Longhorn's data protocol; a frame is a packed little-endian header
+ * of 26 bytes and 'payload' bytes:
+ *
+ *   0  u16  magic     0x1b01
+ *   2  u32  sequence  echoed in the reply
+ *   6  u32  type
+ *   10 i64  offset    bytes; echoed
+ *   18 u32  size      bytes asked for, or done
+ *   22 u32  payload   bytes that follow
+ *
+ * Types from LHB_FRAME_OURS on are lhblock's own.  An engine sends them only
+ * to a replica that has said that it is lhblock.
+ */
+#ifndef LHB_REPLICA_WIRE_H
+#define LHB_REPLICA_WIRE_H
+
+#define LHB_FRAME_MAGIC 0x1b01
+#define LHB_FRAME_BYTES 26
+
+enum {
+  LHB_FRAME_READ = 0,
+  LHB_FRAME_WRITE = 1,
+  LHB_FRAME_RESPONSE = 2,
+  LHB_FRAME_ERROR = 3,          /* the payload is a text */
+  LHB_FRAME_EOF = 4,
+  LHB_FRAME_CLOSE = 5,
+  LHB_FRAME_PING = 6,
+  LHB_FRAME_UNMAP = 7,          /* rounded inwards to whole blocks */
+
+  LHB_FRAME_OURS = 0x4c00,
+  LHB_FRAME_FLUSH = 0x4c00,     /* all completed writes are durable */
+  LHB_FRAME_WRITE_FUA = 0x4c01,
+  LHB_FRAME_TRIM = 0x4c02,      /* reads as zeros afterwards, to the byte */
+  LHB_FRAME_ZERO = 0x4c03,
+  LHB_FRAME_ZERO_NO_HOLE = 0x4c04,
+  LHB_FRAME_OURS_END = 0x4c05,
+};
+
+#endif
