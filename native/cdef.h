@@ -32,6 +32,7 @@
 
 #define LHB_IO_FUA 1
 #define LHB_IO_NO_HOLE 2            /* LHB_OP_ZERO must leave allocated space */
+#define LHB_IO_FAST_ZERO 4          /* LHB_OP_ZERO: -EOPNOTSUPP if slow */
 
 #define LHB_NBD_STRUCTURED 1        /* structured replies were negotiated */
 #define LHB_NBD_BASE_ALLOCATION 2   /* base:allocation is selected, id below */

@@ -89,9 +89,10 @@ void lhb_store_wrote (struct lhb_store *store, uint64_t block,
 /* Make [offset, offset+length) read as zeros, any alignment; blocks the
  * thread.  trim: give back space and leave holes with discard bits; else
  * zeros that any reader of the format sees, as holes where nothing is below
- * unless 'no_hole'. */
+ * unless 'io_flags' has LHB_IO_NO_HOLE.  With LHB_IO_FAST_ZERO it is
+ * -EOPNOTSUPP where zeros would have to be written block by block. */
 int lhb_store_zero (struct lhb_store *store, uint64_t offset_bytes,
-                    uint64_t length_bytes, bool trim, bool no_hole);
+                    uint64_t length_bytes, bool trim, uint32_t io_flags);
 /* Start loading into the page cache; best effort. */
 void lhb_store_prefetch (struct lhb_store *store, uint64_t block,
                          uint64_t blocks);
@@ -103,6 +104,10 @@ void lhb_store_sync_async (struct lhb_store *store,
 int lhb_store_sync_layer (struct lhb_store *store, struct lhb_layer *layer);
 struct lhb_layer *lhb_store_layer (struct lhb_store *store, int id);
 void lhb_store_forget_layer (struct lhb_store *store, int id);
+
+/* A regular file of the store's directory, opened as the store is: the file
+ * descriptor or -errno.  'flags' are added ones. */
+int lhb_store_open_file (struct lhb_store *store, const char *name, int flags);
 
 /* Discard bits of a layer (discard.c).  Set is durable when it returns. */
 int lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer,

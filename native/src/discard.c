@@ -65,19 +65,17 @@ int
 lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer,
                   bool create)
 {
-  int flags = O_CLOEXEC | O_NOFOLLOW;
   int fd;
 
   if (layer->discard_fd >= 0)
     return 0;
   if (layer->discard_name[0] == '\0')
     return create ? -EINVAL : -ENOENT;
-  flags |= store->flags & LHB_STORE_READ_ONLY ? O_RDONLY : O_RDWR;
-  fd = openat (store->dir_fd, layer->discard_name, flags);
-  if (fd == -1 && errno == ENOENT && create)
+  fd = lhb_store_open_file (store, layer->discard_name, 0);
+  if (fd == -ENOENT && create)
     {
-      fd = openat (store->dir_fd, layer->discard_name,
-                   flags | O_CREAT | O_EXCL, 0644);
+      fd = lhb_store_open_file (store, layer->discard_name,
+                                O_CREAT | O_EXCL);
       if (fd >= 0 && fsync (store->dir_fd) == -1)
         {
           int err = -errno;
@@ -86,8 +84,8 @@ lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer,
           return err;
         }
     }
-  if (fd == -1)
-    return -errno;
+  if (fd < 0)
+    return fd;
   layer->discard_fd = fd;
   return 0;
 }

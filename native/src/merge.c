@@ -356,11 +356,13 @@ lhb_merge_up (lhb_volume *volume, lhb_store *store, int lower, int upper,
   if (copied == 0)
     copied = for_each_extent (atomic_load (&merge.lower->fd), merge.block,
                               merge.end, fill_extent, &merge);
+  /* Durable in 'upper' before it is freed in 'lower'.  The data first: where
+   * 'lower' has a block that it had discarded before, its bit alone in 'upper'
+   * would show zeros after a power loss. */
   if (copied >= 0)
-    err = merge_discards (&merge, merge.lower, merge.upper);
-  /* Durable in 'upper' before it is freed in 'lower'. */
-  if (copied >= 0 && err == 0)
     err = lhb_store_sync_layer (store, merge.upper);
+  if (copied >= 0 && err == 0)
+    err = merge_discards (&merge, merge.lower, merge.upper);
   if (copied >= 0 && err == 0 && merge.end > merge.block)
     err = punch (atomic_load (&merge.lower->fd), merge.block,
                  merge.end - merge.block);
@@ -438,16 +440,63 @@ lhb_merge_down_finish (lhb_store *store, int lower, int upper)
 
 /* ---- Prune. */
 
+enum { STEP_BLOCKS = LHB_MERGE_STEP_BYTES / LHB_BLOCK_BYTES };
+
+struct prune {
+  struct merge merge;
+  bool hidden[STEP_BLOCKS];     /* by 'upper', from merge.block on */
+};
+
+/* An extent of the head may belong to a write that is under way or failed:
+ * only what the map says is in the head hides what is below. */
 static int64_t
-punch_hidden (void *context, uint64_t block, uint64_t blocks)
+mark_hidden (void *context, uint64_t block, uint64_t blocks)
 {
-  struct merge *merge = context;
-  int fd = atomic_load (&merge->lower->fd);
+  struct prune *prune = context;
+  struct lhb_store *store = prune->merge.store;
+  bool is_head = prune->merge.upper_id == store->head;
+  uint64_t in_map = lhb_map_blocks (store->map);
+
+  while (blocks > 0)
+    {
+      struct lhb_run run = { (uint32_t) blocks, LHB_MAP_HEAD };
+
+      if (is_head && block >= in_map)
+        return 0;
+      if (is_head)
+        run = lhb_map_lookup (store->map, block, (uint32_t) blocks);
+      if (run.layer == LHB_MAP_HEAD)
+        memset (prune->hidden + (block - prune->merge.block), true,
+                run.blocks);
+      block += run.blocks;
+      blocks -= run.blocks;
+    }
+  return 0;
+}
+
+static int64_t
+punch_hidden (const struct prune *prune)
+{
+  const uint64_t blocks = prune->merge.end - prune->merge.block;
+  int fd = atomic_load (&prune->merge.lower->fd);
   struct stat before, after;
+  uint64_t count;
 
   if (fstat (fd, &before) == -1)
     return -errno;
-  if (punch (fd, block, blocks) != 0 || fstat (fd, &after) == -1)
+  for (uint64_t i = 0; i < blocks; i += count)
+    {
+      int err = 0;
+
+      count = 1;
+      while (i + count < blocks && prune->hidden[i + count] == prune->hidden[i])
+        count++;
+      if (prune->hidden[i])
+        err = punch (fd, prune->merge.block + i, count);
+      if (err)
+        return err;
+    }
+  if (fstat (fd, &after) == -1)
     return -errno;
   return before.st_blocks > after.st_blocks
              ? (before.st_blocks - after.st_blocks) * 512
@@ -458,20 +507,33 @@ int64_t
 lhb_merge_prune (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
                  uint64_t length_bytes)
 {
-  struct merge merge
-      = { .store = store, .lower_id = lower, .upper_id = upper };
+  struct prune *prune = calloc (1, sizeof *prune);
+  struct merge *merge;
   int64_t freed;
-  int err = merge_begin (&merge, offset_bytes, length_bytes);
 
-  if (err)
-    return err;
-  /* What hides must be durable before what it hides goes.  Later writes of a
-   * serving head only add extents that were not there to be found. */
-  freed = lhb_store_sync_layer (store, merge.upper);
+  if (prune == NULL)
+    return -ENOMEM;
+  merge = &prune->merge;
+  merge->store = store;
+  merge->lower_id = lower;
+  merge->upper_id = upper;
+  freed = merge_begin (merge, offset_bytes, length_bytes);
   if (freed == 0)
-    freed = for_each_extent (atomic_load (&merge.upper->fd), merge.block,
-                             merge.end, punch_hidden, &merge);
-  merge_end (&merge);
+    {
+      freed = for_each_extent (atomic_load (&merge->upper->fd), merge->block,
+                               merge->end, mark_hidden, prune);
+      /* What was found must be durable before what it hides goes.  A write
+       * that just ended may not have marked the head dirty yet. */
+      if (freed == 0)
+        {
+          atomic_store (&merge->upper->dirty, true);
+          freed = lhb_store_sync_layer (store, merge->upper);
+        }
+      if (freed == 0 && merge->end > merge->block)
+        freed = punch_hidden (prune);
+      merge_end (merge);
+    }
+  free (prune);
   return freed;
 }
 
@@ -508,7 +570,10 @@ lhb_store_replace_layer (lhb_volume *volume, lhb_store *store, int lower,
                                (uint8_t) lower, (uint8_t) upper)
             : 0;
   drain (volume);
+  /* Nor does an fdatasync use it. */
+  pthread_mutex_lock (&store->syncing);
   close (old_fd);
+  pthread_mutex_unlock (&store->syncing);
   to->size_bytes = from->size_bytes;
   if (atomic_load (&from->dirty))
     atomic_store (&to->dirty, true);
@@ -563,6 +628,45 @@ copy_if_different (struct reconcile *r, uint64_t block, uint64_t blocks)
   return err ? err : changed;
 }
 
+/* Space for a part of the target that has holes: what compared equal to zeros
+ * must become data, for it hides what older layers have.  Returns how much of
+ * it that changed. */
+static int64_t
+fill_holes (int fd, uint64_t block, uint64_t blocks)
+{
+  struct lhb_extent extents[EXTENTS_BATCH];
+  uint64_t at = block, end = block + blocks;
+  int64_t holes = (int64_t) blocks;
+  int count;
+
+  do
+    {
+      count = lhb_file_extents (fd, at << LHB_BLOCK_SHIFT, extents,
+                                EXTENTS_BATCH);
+      if (count < 0)
+        return count;
+      for (int i = 0; i < count; i++)
+        {
+          uint64_t first = extents[i].offset_bytes >> LHB_BLOCK_SHIFT;
+          uint64_t stop
+              = first + (extents[i].length_bytes >> LHB_BLOCK_SHIFT);
+
+          at = stop;
+          stop = stop < end ? stop : end;
+          if (first < stop)
+            holes -= (int64_t) (stop - first);
+        }
+    }
+  while (count == EXTENTS_BATCH && at < end);
+  if (holes > 0
+      && fallocate (fd, FALLOC_FL_KEEP_SIZE,
+                    (off_t) (block << LHB_BLOCK_SHIFT),
+                    (off_t) (blocks << LHB_BLOCK_SHIFT))
+             == -1)
+    return -errno;
+  return holes << LHB_BLOCK_SHIFT;
+}
+
 /* The blocks of an extent of the source: equal in the target, and extents
  * there. */
 static int64_t
@@ -575,17 +679,12 @@ match_extent (void *context, uint64_t block, uint64_t blocks)
     {
       uint64_t count = blocks < SLICE_BLOCKS ? blocks : SLICE_BLOCKS;
       int64_t changed = copy_if_different (r, block, count);
+      int64_t filled
+          = changed < 0 ? changed : fill_holes (r->target_fd, block, count);
 
-      if (changed < 0)
-        return changed;
-      total += changed;
-      /* A hole that compared equal to zeros must become data.  Allocating a
-       * range that has data leaves it as it is. */
-      if (fallocate (r->target_fd, FALLOC_FL_KEEP_SIZE,
-                     (off_t) (block << LHB_BLOCK_SHIFT),
-                     (off_t) (count << LHB_BLOCK_SHIFT))
-          == -1)
-        return -errno;
+      if (filled < 0)
+        return filled;
+      total += changed + filled;
       block += count;
       blocks -= count;
     }

@@ -272,6 +272,8 @@ execute (struct lhb_slot *slot)
     request->flags |= LHB_IO_FUA;
   if (call->flags & NBD_CMD_FLAG_NO_HOLE)
     request->flags |= LHB_IO_NO_HOLE;
+  if (call->flags & NBD_CMD_FLAG_FAST_ZERO)
+    request->flags |= LHB_IO_FAST_ZERO;
   request->offset_bytes = call->offset_bytes;
   request->length_bytes = call->length_bytes;
   request->buffer = slot->slab;

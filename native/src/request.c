@@ -32,13 +32,14 @@ finish (struct lhb_request *request)
 {
   struct lhb_counters *counters = &request->volume->counters;
 
-  lhb_range_release (request->volume->ranges, &request->claim);
   add (&counters->requests[request->op], 1);
   add (&counters->bytes[request->op], request->length_bytes);
   add (&counters->ns[request->op], lhb_now_ns () - request->start_ns);
   if (request->error)
     add (&counters->errors, 1);
   atomic_fetch_sub_explicit (&counters->in_flight, 1, memory_order_relaxed);
+  /* Last: a volume that closes waits for the claims, and may be gone then. */
+  lhb_range_release (request->volume->ranges, &request->claim);
   request->complete (request);
 }
 
@@ -356,6 +357,10 @@ write_io_done (struct lhb_io *io)
     leg->error = -ENOSPC;       /* what cuts a write short is a full disk */
   if (fault)
     leg->error = fault;
+  /* The sync of a FUA write takes any error of the file with it, also that of
+   * an older write: no fdatasync will report it again. */
+  if (leg->error == -EIO && request->flags & LHB_IO_FUA)
+    atomic_store (&store->sync_failed, true);
   lhb_store_wrote (store, request->first_block, leg->written_bytes);
   end_leg (request);
 }
@@ -576,16 +581,56 @@ run_zero (struct lhb_job *job)
   if (leg->error == 0)
     leg->error = lhb_store_zero (store, request->offset_bytes,
                                  request->length_bytes,
-                                 request->op == LHB_OP_TRIM,
-                                 (request->flags & LHB_IO_NO_HOLE) != 0);
+                                 request->op == LHB_OP_TRIM, request->flags);
   if (leg->error == 0 && request->flags & LHB_IO_FUA)
     leg->error = lhb_store_sync (store);
+}
+
+static void handle_zero_done (struct lhb_message *message);
+
+static void
+submit_zero (struct lhb_leg *leg)
+{
+  leg->job.run = run_zero;
+  leg->job.done.handle = handle_zero_done;
+  leg->job.queue = leg->request->queue;
+  lhb_pool_submit (leg->request->volume->engine->pool, &leg->job);
+}
+
+/* Some replicas were fast and others can not be: the slow way for those, for
+ * they are not bad.  True: they are under way. */
+static bool
+retry_slow_legs (struct lhb_request *request)
+{
+  const uint32_t count = request->volume->store_count;
+  uint32_t slow = 0, good = 0;
+
+  if (!(request->flags & LHB_IO_FAST_ZERO))
+    return false;
+  for (uint32_t i = 0; i < count; i++)
+    if (request->legs[i].used)
+      {
+        slow += request->legs[i].error == -EOPNOTSUPP;
+        good += request->legs[i].error == 0;
+      }
+  if (slow == 0 || good == 0)
+    return false;
+  request->flags &= ~(uint32_t) LHB_IO_FAST_ZERO;
+  request->pending = slow;
+  for (uint32_t i = 0; i < count; i++)
+    if (request->legs[i].used && request->legs[i].error == -EOPNOTSUPP)
+      submit_zero (&request->legs[i]);
+  return true;
 }
 
 static void
 handle_zero_done (struct lhb_message *message)
 {
-  end_leg (lhb_container_of (message, struct lhb_leg, job.done)->request);
+  struct lhb_request *request
+      = lhb_container_of (message, struct lhb_leg, job.done)->request;
+
+  if (request->pending > 1 || !retry_slow_legs (request))
+    end_leg (request);
 }
 
 static void
@@ -595,16 +640,8 @@ execute_zero (struct lhb_request *request)
 
   enlist_replicas (request);
   for (uint32_t i = 0; i < volume->store_count; i++)
-    {
-      struct lhb_leg *leg = &request->legs[i];
-
-      if (!leg->used)
-        continue;
-      leg->job.run = run_zero;
-      leg->job.done.handle = handle_zero_done;
-      leg->job.queue = request->queue;
-      lhb_pool_submit (volume->engine->pool, &leg->job);
-    }
+    if (request->legs[i].used)
+      submit_zero (&request->legs[i]);
   end_leg (request);
 }
 

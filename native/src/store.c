@@ -59,11 +59,15 @@ lhb_store_open (lhb_engine *engine, int dir_fd, uint64_t size_bytes,
   return 0;
 }
 
+/* An fdatasync of the file may run in another thread, and one of a closed file
+ * fails: the store would never recover from that. */
 static void
-close_layer (struct lhb_layer *layer)
+close_layer (struct lhb_store *store, struct lhb_layer *layer)
 {
-  int fd = atomic_exchange (&layer->fd, -1);
+  int fd;
 
+  pthread_mutex_lock (&store->syncing);
+  fd = atomic_exchange (&layer->fd, -1);
   if (fd >= 0)
     close (fd);
   if (layer->discard_fd >= 0)
@@ -72,6 +76,7 @@ close_layer (struct lhb_layer *layer)
   layer->discard_name[0] = '\0';
   layer->in_map = false;
   atomic_store (&layer->dirty, false);
+  pthread_mutex_unlock (&store->syncing);
 }
 
 void
@@ -81,7 +86,7 @@ lhb_store_close (lhb_store *store)
     return;
   assert (!store->sync_active);
   for (int id = 1; id < LHB_MAP_HEAD; id++)
-    close_layer (&store->layers[id]);
+    close_layer (store, &store->layers[id]);
   lhb_map_close (store->map);
   close (store->dir_fd);
   pthread_mutex_destroy (&store->discard_lock);
@@ -116,14 +121,40 @@ void
 lhb_store_forget_layer (struct lhb_store *store, int id)
 {
   assert (id != store->head);
-  close_layer (&store->layers[id]);
+  close_layer (store, &store->layers[id]);
+}
+
+/* Open a file of the directory, refusing what is not a regular file.  It is
+ * not waited for: a FIFO in its place would never open. */
+int
+lhb_store_open_file (struct lhb_store *store, const char *name, int flags)
+{
+  struct stat st;
+  int fd, err;
+
+  flags |= store->flags & LHB_STORE_READ_ONLY ? O_RDONLY : O_RDWR;
+  fd = openat (store->dir_fd, name,
+               flags | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0644);
+  if (fd == -1)
+    return -errno;
+  err = fstat (fd, &st) == -1 ? -errno : 0;
+  if (err == 0 && !S_ISREG (st.st_mode))
+    err = -EINVAL;
+  /* io_uring would take it for "never wait for the disk". */
+  if (err == 0 && fcntl (fd, F_SETFL, flags & O_DIRECT) == -1)
+    err = -errno;
+  if (err)
+    {
+      close (fd);
+      return err;
+    }
+  return fd;
 }
 
 /* Open an image file into a free slot.  Returns the slot's id. */
 static int
 open_layer (struct lhb_store *store, const char *image, const char *discard)
 {
-  int flags = O_CLOEXEC | O_NOFOLLOW;
   struct lhb_layer *layer;
   struct stat st;
   int id, fd, err;
@@ -136,14 +167,12 @@ open_layer (struct lhb_store *store, const char *image, const char *discard)
       break;
   if (id == LHB_MAP_HEAD)
     return -EMFILE;
-  flags |= store->flags & LHB_STORE_READ_ONLY ? O_RDONLY : O_RDWR;
-  if (lhb_store_is_direct (store))
-    flags |= O_DIRECT;
-  fd = openat (store->dir_fd, image, flags);
-  if (fd == -1)
-    return -errno;
+  fd = lhb_store_open_file (store, image,
+                            lhb_store_is_direct (store) ? O_DIRECT : 0);
+  if (fd < 0)
+    return fd;
   err = fstat (fd, &st) == -1 ? -errno : 0;
-  if (err == 0 && (!S_ISREG (st.st_mode) || st.st_size % LHB_BLOCK_BYTES != 0))
+  if (err == 0 && st.st_size % LHB_BLOCK_BYTES != 0)
     err = -EINVAL;
   if (err)
     {
@@ -283,7 +312,7 @@ void
 lhb_store_abandon_head (lhb_store *store)
 {
   if (store->prepared != 0)
-    close_layer (&store->layers[store->prepared]);
+    close_layer (store, &store->layers[store->prepared]);
   store->prepared = 0;
 }
 

@@ -90,14 +90,14 @@ lhb_store_write (struct lhb_store *store, uint64_t block, uint32_t blocks,
   int fd = atomic_load_explicit (&store->layers[store->head].fd,
                                  memory_order_relaxed);
   size_t put = 0;
+  int cut_error = 0;
   int err = lhb_fault (LHB_FAULT_STORE_WRITE, store->id);
 
-  if (err == 0 && lhb_fault (LHB_FAULT_STORE_SHORT_WRITE, store->id))
-    {
-      length = LHB_BLOCK_BYTES; /* the disk fills in mid-write */
-      err = blocks > 1 ? -ENOSPC : 0;
-    }
-  while (put < length && (err == 0 || length == LHB_BLOCK_BYTES))
+  if (err == 0 && blocks > 1)
+    cut_error = lhb_fault (LHB_FAULT_STORE_SHORT_WRITE, store->id);
+  if (cut_error)
+    length = LHB_BLOCK_BYTES;
+  while (err == 0 && put < length)
     {
       struct iovec iov = { (char *) (uintptr_t) buffer + put, length - put };
       ssize_t r = pwritev2 (fd, &iov, 1, (off_t) (offset + put), rw_flags);
@@ -111,7 +111,7 @@ lhb_store_write (struct lhb_store *store, uint64_t block, uint32_t blocks,
         }
       put += (size_t) r;
     }
-  *error_out = err;
+  *error_out = err ? err : cut_error;
   return (uint32_t) put;
 }
 
@@ -176,42 +176,39 @@ write_zero_blocks (struct lhb_store *store, uint64_t block, uint64_t blocks)
   return err;
 }
 
+/* One fallocate of the head. */
 static int
-allocate_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks)
-{
-  int fd = atomic_load (&store->layers[store->head].fd);
-  int err = lhb_map_reserve_head (store->map, block, blocks);
-
-  if (err)
-    return err;
-  err = lhb_fault (LHB_FAULT_STORE_PUNCH, store->id);
-  if (err == 0
-      && fallocate (fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
-                    (off_t) (block << LHB_BLOCK_SHIFT),
-                    (off_t) (blocks << LHB_BLOCK_SHIFT))
-             == -1)
-    err = errno == EOPNOTSUPP ? write_zero_blocks (store, block, blocks)
-                              : -errno;
-  if (err == 0)
-    lhb_store_wrote (store, block, blocks << LHB_BLOCK_SHIFT);
-  return err;
-}
-
-static int
-punch (struct lhb_store *store, uint64_t block, uint64_t blocks)
+change_space (struct lhb_store *store, int mode, uint64_t block,
+              uint64_t blocks)
 {
   struct lhb_layer *head = &store->layers[store->head];
   int err;
 
-  atomic_store (&head->dirty, true);
   err = lhb_fault (LHB_FAULT_STORE_PUNCH, store->id);
   if (err == 0
-      && fallocate (atomic_load (&head->fd),
-                    FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+      && fallocate (atomic_load (&head->fd), mode | FALLOC_FL_KEEP_SIZE,
                     (off_t) (block << LHB_BLOCK_SHIFT),
                     (off_t) (blocks << LHB_BLOCK_SHIFT))
              == -1)
     err = -errno;
+  /* Afterwards, for an fdatasync that ran meanwhile did not cover it. */
+  atomic_store (&head->dirty, true);
+  return err;
+}
+
+static int
+allocate_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks,
+                uint32_t io_flags)
+{
+  int err = lhb_map_reserve_head (store->map, block, blocks);
+
+  if (err)
+    return err;
+  err = change_space (store, FALLOC_FL_ZERO_RANGE, block, blocks);
+  if (err == -EOPNOTSUPP && (io_flags & LHB_IO_FAST_ZERO) == 0)
+    err = write_zero_blocks (store, block, blocks);
+  if (err == 0)
+    lhb_store_wrote (store, block, blocks << LHB_BLOCK_SHIFT);
   return err;
 }
 
@@ -227,7 +224,7 @@ trim_blocks (struct lhb_store *store, uint64_t block, uint64_t blocks)
   else if (!lhb_map_any_head (store->map, block, blocks))
     return 0;                   /* nothing is here: mkfs discards everything */
   if (err == 0)
-    err = punch (store, block, blocks);
+    err = change_space (store, FALLOC_FL_PUNCH_HOLE, block, blocks);
   if (err == 0)
     err = lhb_map_discard (store->map, block, blocks);
   return err;
@@ -237,22 +234,28 @@ trim_blocks (struct lhb_store *store, uint64_t block, uint64_t blocks)
  * bits, so where a lower layer has data the zeros must be data, too. */
 static int
 zero_blocks (struct lhb_store *store, uint64_t block, uint64_t blocks,
-             bool no_hole)
+             uint32_t io_flags)
 {
-  if (no_hole || lhb_map_any_lower (store->map, block, blocks))
-    return allocate_zeros (store, block, blocks);
-  return trim_blocks (store, block, blocks);
+  bool no_hole = (io_flags & LHB_IO_NO_HOLE) != 0;
+  int err = -EOPNOTSUPP;
+
+  if (!no_hole && !lhb_map_any_lower (store->map, block, blocks))
+    err = trim_blocks (store, block, blocks);
+  /* Without holes, space is the next best. */
+  if (err == -EOPNOTSUPP)
+    err = allocate_zeros (store, block, blocks, io_flags);
+  return err;
 }
 
 int
 lhb_store_zero (struct lhb_store *store, uint64_t offset_bytes,
-                uint64_t length_bytes, bool trim, bool no_hole)
+                uint64_t length_bytes, bool trim, uint32_t io_flags)
 {
   /* Small steps where zeros may have to be allocated, so that a sparse range
    * below does not make the whole range dense. */
-  const uint64_t step_blocks = (trim || no_hole ? LHB_ZERO_STEP_BYTES
-                                                : (1u << 20))
-                               >> LHB_BLOCK_SHIFT;
+  const uint64_t step_blocks
+      = (trim || io_flags & LHB_IO_NO_HOLE ? LHB_ZERO_STEP_BYTES : 1u << 20)
+        >> LHB_BLOCK_SHIFT;
   uint64_t end = offset_bytes + length_bytes;
   uint64_t first = (offset_bytes + LHB_BLOCK_BYTES - 1) >> LHB_BLOCK_SHIFT;
   uint64_t last = end >> LHB_BLOCK_SHIFT;       /* exclusive */
@@ -260,22 +263,20 @@ lhb_store_zero (struct lhb_store *store, uint64_t offset_bytes,
 
   if (first > last)             /* inside one block */
     return zero_part (store, offset_bytes, length_bytes);
-  if (offset_bytes < first << LHB_BLOCK_SHIFT)
+  /* The edges last: what can not be fast is refused before it began. */
+  for (uint64_t block = first, count; err == 0 && block < last;
+       block += count)
+    {
+      count = last - block < step_blocks ? last - block : step_blocks;
+      err = trim ? trim_blocks (store, block, count)
+                 : zero_blocks (store, block, count, io_flags);
+    }
+  if (err == 0 && offset_bytes < first << LHB_BLOCK_SHIFT)
     err = zero_part (store, offset_bytes,
                      (first << LHB_BLOCK_SHIFT) - offset_bytes);
   if (err == 0 && end > last << LHB_BLOCK_SHIFT)
     err = zero_part (store, last << LHB_BLOCK_SHIFT,
                      end - (last << LHB_BLOCK_SHIFT));
-  while (err == 0 && first < last)
-    {
-      uint64_t count = last - first;
-
-      if (count > step_blocks)
-        count = step_blocks;
-      err = trim ? trim_blocks (store, first, count)
-                 : zero_blocks (store, first, count, no_hole);
-      first += count;
-    }
   return err;
 }
 

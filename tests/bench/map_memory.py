@@ -10,7 +10,9 @@ from tests.bench.settings import REPOSITORY
 
 _NATIVE = REPOSITORY / "native"
 _PROGRAM = Path(__file__).with_suffix(".c")
-_SOURCES = ("map.c", "lock.c", "fault.c")
+# The map and what it stands on.
+_SOURCES = [*sorted((_NATIVE / "src").glob("map*.c")), _NATIVE / "src" / "lock.c"]
+_SOURCES += [_NATIVE / "src" / "fault.c"]
 
 
 def map_memory() -> dict[str, float]:
@@ -27,7 +29,7 @@ def map_memory() -> dict[str, float]:
                     f"-I{_NATIVE}",
                     f"-I{_NATIVE / 'include'}",
                 ),
-                *(str(_PROGRAM), *(str(_NATIVE / "src" / name) for name in _SOURCES)),
+                *map(str, (_PROGRAM, *_SOURCES)),
                 *("-o", str(binary)),
             ],
             check=True,
