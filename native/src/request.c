@@ -391,6 +391,29 @@ lhb_leg_done (struct lhb_leg *leg)
 }
 
 static void
+run_leg_write (struct lhb_job *job)
+{
+  lhb_leg_write (lhb_container_of (job, struct lhb_leg, job));
+}
+
+static void
+handle_leg_written (struct lhb_message *message)
+{
+  lhb_leg_done (lhb_container_of (message, struct lhb_leg, job.done));
+}
+
+/* The page cache blocks whoever copies into it, io_uring's threads as well as
+ * ours: a worker does it. */
+static void
+write_in_worker (struct lhb_request *request, struct lhb_leg *leg)
+{
+  leg->job.run = run_leg_write;
+  leg->job.done.handle = handle_leg_written;
+  leg->job.queue = request->queue;
+  lhb_pool_submit (request->volume->engine->pool, &leg->job);
+}
+
+static void
 write_at_driver (struct lhb_request *request, struct lhb_store *store,
                  struct lhb_leg *leg)
 {
@@ -476,7 +499,10 @@ write_to_replicas (struct lhb_request *request)
           continue;
         }
       inline_all = false;
-      write_at_driver (request, store, leg);
+      if (lhb_store_is_direct (store) || request->flags & LHB_IO_FUA)
+        write_at_driver (request, store, leg);
+      else
+        write_in_worker (request, leg);
     }
   add (inline_all ? &volume->counters.inline_writes
                   : &volume->counters.driver_writes,

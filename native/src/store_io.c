@@ -89,6 +89,7 @@ lhb_store_write (struct lhb_store *store, uint64_t block, uint32_t blocks,
   uint64_t offset = block << LHB_BLOCK_SHIFT;
   int fd = atomic_load_explicit (&store->layers[store->head].fd,
                                  memory_order_relaxed);
+  bool direct = lhb_store_is_direct (store);
   size_t put = 0;
   int cut_error = 0;
   int err = lhb_fault (LHB_FAULT_STORE_WRITE, store->id);
@@ -99,7 +100,11 @@ lhb_store_write (struct lhb_store *store, uint64_t block, uint32_t blocks,
     length = LHB_BLOCK_BYTES;
   while (err == 0 && put < length)
     {
-      struct iovec iov = { (char *) (uintptr_t) buffer + put, length - put };
+      size_t rest = length - put;
+      struct iovec iov = { (char *) (uintptr_t) buffer + put,
+                           direct || rest < LHB_FOLIO_BYTES_MAX
+                               ? rest
+                               : LHB_FOLIO_BYTES_MAX };
       ssize_t r = pwritev2 (fd, &iov, 1, (off_t) (offset + put), rw_flags);
 
       if (r == -1 && errno == EINTR)
