@@ -32,7 +32,7 @@ NATIVE := setup.py native/build.py native/cdef.h \
 	$(wildcard native/include/*.h native/src/*.h native/src/*.c)
 MODULES := $(shell find lhblock -name '*.py' -not -name '*_pb2*.py')
 
-.PHONY: help packages venv native native-asan native-tsan serve test check lint unit test-native \
+.PHONY: help packages venv native native-asan native-tsan test-asan test-tsan serve test check lint unit test-native \
 	test-native-asan test-native-tsan fuzz bench wheel proto kernel clean
 
 help:  ## this list
@@ -96,7 +96,7 @@ serve: native  ## serve a volume: VOLUME=demo SIZE=10G
 
 # ---- Tests.
 
-test: lint test-native test-native-asan test-native-tsan native kernel  ## everything
+test: lint test-native test-native-asan test-native-tsan test-asan test-tsan native kernel  ## everything
 	$(BIN)/pytest
 
 check: lint test-native unit  ## the fast part of it
@@ -117,6 +117,17 @@ test-native-asan: packages  ## the C unit tests under ASan and UBSan
 
 test-native-tsan: packages  ## the C unit tests under TSan
 	$(MAKE) -C native test VARIANT=tsan
+
+# Python itself is not sanitised, and leaks a little by design.
+test-asan: native-asan  ## the model tests on a core with ASan and UBSan
+	PYTHONPATH=build/asan/lib LD_PRELOAD=$$(gcc -print-file-name=libasan.so) \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/pytest -q tests/model
+
+test-tsan: native-tsan  ## the concurrent model tests on a core with TSan
+	PYTHONPATH=build/tsan/lib LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) \
+	  TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
+	  $(BIN)/pytest -q tests/model/test_volume_concurrent.py
 
 fuzz: packages  ## fuzz the NBD parser: FUZZ_SECONDS=60
 	$(MAKE) -C native fuzz

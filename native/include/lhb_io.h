@@ -47,7 +47,7 @@ struct lhb_io {
  * backlog is bounded because every job belongs to a request slot. */
 struct lhb_pool;
 int lhb_pool_open (uint32_t workers_max, struct lhb_pool **pool_out);
-void lhb_pool_close (struct lhb_pool *pool);    /* backlog is empty */
+void lhb_pool_close (struct lhb_pool *pool);    /* after the last submit */
 void lhb_pool_submit (struct lhb_pool *pool, struct lhb_job *job);
 uint32_t lhb_pool_threads (struct lhb_pool *pool);      /* alive now */
 /* How long a thread waits for work before it ends; for those not yet waiting. */

@@ -15,7 +15,7 @@
 #include "lhb_util.h"
 #include "lhb_volume.h"
 
-static void execute (struct lhb_request *request);
+static void claim_range (struct lhb_request *request);
 static void read_from_next_replica (struct lhb_request *request);
 static void write_to_replicas (struct lhb_request *request);
 
@@ -44,12 +44,13 @@ finish (struct lhb_request *request)
 }
 
 /* A change is done on every replica that is left.  If one was dropped and the
- * others do not say so durably yet, the acknowledgement waits, with the range
- * still claimed: nobody may read what a crash could take back. */
+ * others do not say so durably yet, the answer waits, with the range still
+ * claimed: nobody may read what a crash could take back.  That holds for a
+ * change that failed, too, for a part of it may be there to be read. */
 static void
 finish_change (struct lhb_request *request)
 {
-  if (request->error == 0 && lhb_volume_hold (request->volume, request))
+  if (lhb_volume_hold (request->volume, request))
     return;
   finish (request);
 }
@@ -727,9 +728,26 @@ handle_probe_done (struct lhb_message *message)
 
 /* ---- The beginning. */
 
+static bool
+depends_on_gate (const struct lhb_request *request)
+{
+  return request->op == LHB_OP_FLUSH || request->flags & LHB_IO_FUA;
+}
+
 static void
 execute (struct lhb_request *request)
 {
+  struct lhb_volume *volume = request->volume;
+
+  /* The gate is shut in a freeze, and this request may have waited for it to
+   * end.  Later freezes must not wait for the gate, so the claim goes. */
+  if (depends_on_gate (request) && atomic_load (&volume->gate_shut))
+    {
+      lhb_range_release (volume->ranges, &request->claim);
+      if (!lhb_volume_wait_gate (volume, request))
+        claim_range (request);
+      return;
+    }
   switch (request->op)
     {
     case LHB_OP_READ:
@@ -810,8 +828,7 @@ lhb_request_start (struct lhb_request *request)
   request->tried_mask = 0;
   request->start_ns = lhb_now_ns ();
   add (&volume->counters.in_flight, 1);
-  if ((request->op == LHB_OP_FLUSH || request->flags & LHB_IO_FUA)
-      && lhb_volume_wait_gate (volume, request))
+  if (depends_on_gate (request) && lhb_volume_wait_gate (volume, request))
     return;
   claim_range (request);
 }

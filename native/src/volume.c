@@ -75,14 +75,14 @@ lhb_volume_close (lhb_volume *volume)
   if (volume == NULL)
     return;
   lhb_volume_gate_flushes (volume, 0);
-  lhb_connections_close_all (volume);
   pthread_mutex_lock (&volume->lock);
-  /* Nobody will fence any more: what waits for that was not acknowledged and
-   * now ends with an error. */
+  /* No connection comes any more.  Nobody will fence any more: what waits for
+   * that was not acknowledged and now ends with an error. */
   volume->closing = true;
   held = volume->held;
   volume->held = NULL;
   pthread_mutex_unlock (&volume->lock);
+  lhb_connections_close_all (volume);
   resume_all (held, lhb_request_resume_held);
   pthread_mutex_lock (&volume->lock);
   while (volume->connection_count > 0)
