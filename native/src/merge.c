@@ -1,4 +1,4 @@
-/* Merging a removed layer away, and making two layers equal.
+/* Merging a removed layer away.
  *
  * 'lower' is the removed layer and 'upper' its only child.  Two directions:
  *
@@ -15,89 +15,15 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/falloc.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "lhb_fault.h"
+#include "lhb_layer_io.h"
 #include "lhb_util.h"
 #include "lhb_volume.h"
-
-enum {
-  SLICE_BLOCKS = 256,           /* copied under one claim: 1 MiB */
-  EXTENTS_BATCH = 64,
-};
-
-typedef int64_t (*extent_visitor) (void *context, uint64_t block,
-                                   uint64_t blocks);
-
-/* Call 'visit' for the data of a file within a range.  Returns the sum of what
- * it returned, or the first error. */
-static int64_t
-for_each_extent (int fd, uint64_t block, uint64_t end, extent_visitor visit,
-                 void *context)
-{
-  struct lhb_extent extents[EXTENTS_BATCH];
-  int64_t total = 0;
-  int count;
-
-  do
-    {
-      count = lhb_file_extents (fd, block << LHB_BLOCK_SHIFT, extents,
-                                EXTENTS_BATCH);
-      if (count < 0)
-        return count;
-      for (int i = 0; i < count; i++)
-        {
-          uint64_t first = extents[i].offset_bytes >> LHB_BLOCK_SHIFT;
-          uint64_t stop
-              = first + (extents[i].length_bytes >> LHB_BLOCK_SHIFT);
-          int64_t r;
-
-          if (first < block)
-            first = block;
-          if (first >= end)
-            return total;
-          if (stop > end)
-            stop = end;
-          if (first >= stop)
-            continue;
-          r = visit (context, first, stop - first);
-          if (r < 0)
-            return r;
-          total += r;
-          block = stop;
-        }
-    }
-  while (count == EXTENTS_BATCH && block < end);
-  return total;
-}
-
-static int
-transfer (int fd, char *buffer, uint64_t block, uint64_t blocks, bool writes)
-{
-  size_t length = (size_t) blocks << LHB_BLOCK_SHIFT, done = 0;
-  off_t offset = (off_t) (block << LHB_BLOCK_SHIFT);
-
-  while (done < length)
-    {
-      ssize_t r = writes ? pwrite (fd, buffer + done, length - done,
-                                   offset + (off_t) done)
-                         : pread (fd, buffer + done, length - done,
-                                  offset + (off_t) done);
-
-      if (r == -1 && errno == EINTR)
-        continue;
-      if (r == -1)
-        return -errno;
-      if (r == 0)
-        return -EIO;
-      done += (size_t) r;
-    }
-  return 0;
-}
 
 static int64_t
 copy_blocks (int from, int to, char *buffer, uint64_t block, uint64_t blocks)
@@ -106,13 +32,13 @@ copy_blocks (int from, int to, char *buffer, uint64_t block, uint64_t blocks)
 
   while (blocks > 0)
     {
-      uint64_t count = blocks < SLICE_BLOCKS ? blocks : SLICE_BLOCKS;
+      uint64_t count = blocks < LHB_SLICE_BLOCKS ? blocks : LHB_SLICE_BLOCKS;
       int err = lhb_fault (LHB_FAULT_MERGE_COPY, 0);
 
       if (err == 0)
-        err = transfer (from, buffer, block, count, false);
+        err = lhb_layer_transfer (from, buffer, block, count, false);
       if (err == 0)
-        err = transfer (to, buffer, block, count, true);
+        err = lhb_layer_transfer (to, buffer, block, count, true);
       if (err)
         return err;
       copied += (int64_t) (count << LHB_BLOCK_SHIFT);
@@ -122,19 +48,6 @@ copy_blocks (int from, int to, char *buffer, uint64_t block, uint64_t blocks)
   return copied;
 }
 
-static int
-punch (int fd, uint64_t block, uint64_t blocks)
-{
-  if (blocks == 0)
-    return 0;
-  return fallocate (fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                    (off_t) (block << LHB_BLOCK_SHIFT),
-                    (off_t) (blocks << LHB_BLOCK_SHIFT))
-                 == -1
-             ? -errno
-             : 0;
-}
-
 /* What one merge call works with. */
 struct merge {
   struct lhb_volume *volume;    /* NULL: nothing serves the store */
@@ -142,7 +55,7 @@ struct merge {
   struct lhb_layer *lower, *upper;
   int lower_id, upper_id;
   uint64_t block, end;          /* the range of this call */
-  char *buffer;                 /* SLICE_BLOCKS */
+  char *buffer;                 /* LHB_SLICE_BLOCKS */
 };
 
 static int
@@ -167,7 +80,7 @@ merge_begin (struct merge *merge, uint64_t offset_bytes, uint64_t length_bytes)
   if (merge->end > most >> LHB_BLOCK_SHIFT)
     merge->end = most >> LHB_BLOCK_SHIFT;
   merge->buffer = aligned_alloc (LHB_BLOCK_BYTES,
-                                 SLICE_BLOCKS * LHB_BLOCK_BYTES);
+                                 LHB_SLICE_BLOCKS * LHB_BLOCK_BYTES);
   return merge->buffer == NULL ? -ENOMEM : 0;
 }
 
@@ -233,17 +146,17 @@ fill_frozen (struct merge *merge, uint64_t block, uint64_t blocks)
 {
   int upper_fd = atomic_load (&merge->upper->fd);
   int lower_fd = atomic_load (&merge->lower->fd);
-  uint8_t has[SLICE_BLOCKS] = { 0 };
-  struct lhb_extent extents[EXTENTS_BATCH];
+  uint8_t has[LHB_SLICE_BLOCKS] = { 0 };
+  struct lhb_extent extents[LHB_EXTENTS_BATCH];
   uint64_t at = block, first, count;
   int64_t copied = 0;
   int r;
 
-  assert (blocks <= SLICE_BLOCKS);
+  assert (blocks <= LHB_SLICE_BLOCKS);
   do
     {
       r = lhb_file_extents (upper_fd, at << LHB_BLOCK_SHIFT, extents,
-                            EXTENTS_BATCH);
+                            LHB_EXTENTS_BATCH);
       for (int i = 0; i < r; i++)
         {
           first = extents[i].offset_bytes >> LHB_BLOCK_SHIFT;
@@ -253,7 +166,7 @@ fill_frozen (struct merge *merge, uint64_t block, uint64_t blocks)
             has[b - block] = 1;
         }
     }
-  while (r == EXTENTS_BATCH && at < block + blocks);
+  while (r == LHB_EXTENTS_BATCH && at < block + blocks);
   if (r < 0)
     return r;
   at = block;
@@ -282,7 +195,7 @@ fill_frozen (struct merge *merge, uint64_t block, uint64_t blocks)
   return copied;
 }
 
-/* Up to SLICE_BLOCKS blocks, with their range claimed if the volume serves:
+/* Up to LHB_SLICE_BLOCKS blocks, with their range claimed if the volume serves:
  * nobody reads 'lower' there while the map turns to 'upper'. */
 static int64_t
 fill_slice (struct merge *merge, uint64_t block, uint64_t blocks)
@@ -316,7 +229,7 @@ fill_extent (void *context, uint64_t block, uint64_t blocks)
 
   while (blocks > 0)
     {
-      uint64_t count = blocks < SLICE_BLOCKS ? blocks : SLICE_BLOCKS;
+      uint64_t count = blocks < LHB_SLICE_BLOCKS ? blocks : LHB_SLICE_BLOCKS;
       int64_t r = fill_slice (merge, block, count);
 
       if (r < 0)
@@ -354,8 +267,9 @@ lhb_merge_up (lhb_volume *volume, lhb_store *store, int lower, int upper,
     return err;
   copied = grow_to (merge.upper, merge.lower->size_bytes);
   if (copied == 0)
-    copied = for_each_extent (atomic_load (&merge.lower->fd), merge.block,
-                              merge.end, fill_extent, &merge);
+    copied = lhb_layer_for_each_extent (atomic_load (&merge.lower->fd),
+                                        merge.block, merge.end, fill_extent,
+                                        &merge);
   /* Durable in 'upper' before it is freed in 'lower'.  The data first: where
    * 'lower' has a block that it had discarded before, its bit alone in 'upper'
    * would show zeros after a power loss. */
@@ -364,7 +278,7 @@ lhb_merge_up (lhb_volume *volume, lhb_store *store, int lower, int upper,
   if (copied >= 0 && err == 0)
     err = merge_discards (&merge, merge.lower, merge.upper);
   if (copied >= 0 && err == 0 && merge.end > merge.block)
-    err = punch (atomic_load (&merge.lower->fd), merge.block,
+    err = lhb_layer_punch (atomic_load (&merge.lower->fd), merge.block,
                  merge.end - merge.block);
   merge_end (&merge);
   return err ? err : copied;
@@ -396,7 +310,7 @@ punch_discarded (struct merge *merge)
     {
       r = lhb_discard_set (merge->store, merge->lower, first, count);
       if (r == 0)
-        r = punch (atomic_load (&merge->lower->fd), first, count);
+        r = lhb_layer_punch (atomic_load (&merge->lower->fd), first, count);
       if (r)
         return r;
       block = first + count;
@@ -421,8 +335,9 @@ lhb_merge_down (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
   if (copied == 0)
     copied = punch_discarded (&merge);
   if (copied == 0)
-    copied = for_each_extent (atomic_load (&merge.upper->fd), merge.block,
-                              merge.end, copy_down, &merge);
+    copied = lhb_layer_for_each_extent (atomic_load (&merge.upper->fd),
+                                        merge.block, merge.end, copy_down,
+                                        &merge);
   atomic_store (&merge.lower->dirty, true);
   merge_end (&merge);
   return copied;
@@ -492,7 +407,7 @@ punch_hidden (const struct prune *prune)
       while (i + count < blocks && prune->hidden[i + count] == prune->hidden[i])
         count++;
       if (prune->hidden[i])
-        err = punch (fd, prune->merge.block + i, count);
+        err = lhb_layer_punch (fd, prune->merge.block + i, count);
       if (err)
         return err;
     }
@@ -520,8 +435,9 @@ lhb_merge_prune (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
   freed = merge_begin (merge, offset_bytes, length_bytes);
   if (freed == 0)
     {
-      freed = for_each_extent (atomic_load (&merge->upper->fd), merge->block,
-                               merge->end, mark_hidden, prune);
+      freed = lhb_layer_for_each_extent (atomic_load (&merge->upper->fd),
+                                         merge->block, merge->end,
+                                         mark_hidden, prune);
       /* What was found must be durable before what it hides goes.  A write
        * that just ended may not have marked the head dirty yet. */
       if (freed == 0)
@@ -599,177 +515,4 @@ lhb_store_drop_layer (lhb_volume *volume, lhb_store *store, int lower)
     drain (volume);
   lhb_store_forget_layer (store, lower);
   return 0;
-}
-
-/* ---- Reconcile. */
-
-struct reconcile {
-  int source_fd, target_fd;
-  char *want, *have;            /* SLICE_BLOCKS each */
-};
-
-static int64_t
-copy_if_different (struct reconcile *r, uint64_t block, uint64_t blocks)
-{
-  int64_t changed = 0;
-  int err = transfer (r->source_fd, r->want, block, blocks, false);
-
-  if (err == 0)
-    err = transfer (r->target_fd, r->have, block, blocks, false);
-  for (uint64_t i = 0; err == 0 && i < blocks; i++)
-    {
-      size_t at = (size_t) i << LHB_BLOCK_SHIFT;
-
-      if (memcmp (r->want + at, r->have + at, LHB_BLOCK_BYTES) == 0)
-        continue;
-      err = transfer (r->target_fd, r->want + at, block + i, 1, true);
-      changed += LHB_BLOCK_BYTES;
-    }
-  return err ? err : changed;
-}
-
-/* Space for a part of the target that has holes: what compared equal to zeros
- * must become data, for it hides what older layers have.  Returns how much of
- * it that changed. */
-static int64_t
-fill_holes (int fd, uint64_t block, uint64_t blocks)
-{
-  struct lhb_extent extents[EXTENTS_BATCH];
-  uint64_t at = block, end = block + blocks;
-  int64_t holes = (int64_t) blocks;
-  int count;
-
-  do
-    {
-      count = lhb_file_extents (fd, at << LHB_BLOCK_SHIFT, extents,
-                                EXTENTS_BATCH);
-      if (count < 0)
-        return count;
-      for (int i = 0; i < count; i++)
-        {
-          uint64_t first = extents[i].offset_bytes >> LHB_BLOCK_SHIFT;
-          uint64_t stop
-              = first + (extents[i].length_bytes >> LHB_BLOCK_SHIFT);
-
-          at = stop;
-          stop = stop < end ? stop : end;
-          if (first < stop)
-            holes -= (int64_t) (stop - first);
-        }
-    }
-  while (count == EXTENTS_BATCH && at < end);
-  if (holes > 0
-      && fallocate (fd, FALLOC_FL_KEEP_SIZE,
-                    (off_t) (block << LHB_BLOCK_SHIFT),
-                    (off_t) (blocks << LHB_BLOCK_SHIFT))
-             == -1)
-    return -errno;
-  return holes << LHB_BLOCK_SHIFT;
-}
-
-/* The blocks of an extent of the source: equal in the target, and extents
- * there. */
-static int64_t
-match_extent (void *context, uint64_t block, uint64_t blocks)
-{
-  struct reconcile *r = context;
-  int64_t total = 0;
-
-  while (blocks > 0)
-    {
-      uint64_t count = blocks < SLICE_BLOCKS ? blocks : SLICE_BLOCKS;
-      int64_t changed = copy_if_different (r, block, count);
-      int64_t filled
-          = changed < 0 ? changed : fill_holes (r->target_fd, block, count);
-
-      if (filled < 0)
-        return filled;
-      total += changed + filled;
-      block += count;
-      blocks -= count;
-    }
-  return total;
-}
-
-struct punch_gaps {
-  int source_fd, target_fd;
-};
-
-/* The part of a target extent that the source has not, goes. */
-static int64_t
-punch_surplus (void *context, uint64_t block, uint64_t blocks)
-{
-  struct punch_gaps *gaps = context;
-  uint64_t end = block + blocks;
-  struct lhb_extent extent;
-  int64_t punched = 0;
-
-  while (block < end)
-    {
-      int count = lhb_file_extents (gaps->source_fd, block << LHB_BLOCK_SHIFT,
-                                    &extent, 1);
-      uint64_t first = end, stop = end;
-      int err;
-
-      if (count < 0)
-        return count;
-      if (count == 1)
-        {
-          first = extent.offset_bytes >> LHB_BLOCK_SHIFT;
-          stop = first + (extent.length_bytes >> LHB_BLOCK_SHIFT);
-        }
-      if (first > end)
-        first = end;
-      if (first > block)
-        {
-          err = punch (gaps->target_fd, block, first - block);
-          if (err)
-            return err;
-          punched += (int64_t) ((first - block) << LHB_BLOCK_SHIFT);
-        }
-      block = stop > first ? stop : end;
-    }
-  return punched;
-}
-
-int64_t
-lhb_store_reconcile (lhb_store *source, int source_layer, lhb_store *target,
-                     int target_layer)
-{
-  struct lhb_layer *from = lhb_store_layer (source, source_layer);
-  struct lhb_layer *to = lhb_store_layer (target, target_layer);
-  struct reconcile r;
-  struct punch_gaps gaps;
-  uint64_t blocks;
-  int64_t changed, surplus = 0;
-  int bits = 0;
-
-  if (from == NULL || to == NULL || from->size_bytes != to->size_bytes)
-    return -EINVAL;
-  blocks = from->size_bytes >> LHB_BLOCK_SHIFT;
-  gaps.source_fd = r.source_fd = atomic_load (&from->fd);
-  gaps.target_fd = r.target_fd = atomic_load (&to->fd);
-  r.want = aligned_alloc (LHB_BLOCK_BYTES, SLICE_BLOCKS * LHB_BLOCK_BYTES);
-  r.have = aligned_alloc (LHB_BLOCK_BYTES, SLICE_BLOCKS * LHB_BLOCK_BYTES);
-  changed = r.want == NULL || r.have == NULL ? -ENOMEM : 0;
-  if (changed == 0)
-    changed = for_each_extent (r.source_fd, 0, blocks, match_extent, &r);
-  if (changed >= 0)
-    bits = lhb_discard_copy (source, from, target, to);
-  if (changed >= 0 && bits >= 0)
-    surplus = for_each_extent (gaps.target_fd, 0, blocks, punch_surplus,
-                               &gaps);
-  free (r.want);
-  free (r.have);
-  if (changed < 0)
-    return changed;
-  if (bits < 0)
-    return bits;
-  if (surplus < 0)
-    return surplus;
-  changed = changed + surplus + bits;
-  atomic_store (&to->dirty, true);
-  if (changed > 0 && lhb_store_sync_layer (target, to) != 0)
-    return -EIO;
-  return changed;
 }

@@ -1,0 +1,51 @@
+/* Steps of a request: what request.c and the files of the operations share. */
+#ifndef LHB_REQUEST_STEPS_H
+#define LHB_REQUEST_STEPS_H
+
+#include "lhb_request.h"
+#include "lhb_volume.h"
+
+/* ---- request.c */
+
+/* The end: count it, release the claim, call 'complete'. */
+void lhb_request_finish (struct lhb_request *request);
+/* The same for a change, whose answer may have to wait for a fence. */
+void lhb_request_finish_change (struct lhb_request *request);
+/* Run the request's own job in a worker; 'done' in the queue's thread. */
+void lhb_request_submit_job (struct lhb_request *request,
+                             void (*run) (struct lhb_job *job),
+                             void (*done) (struct lhb_message *message));
+
+/* ---- request_legs.c */
+
+/* The leg of every replica that is RW now is ready to be started, and
+ * 'pending' is one more than they are: legs that end at once do not finish the
+ * request while others are being started.  End with lhb_request_end_leg. */
+void lhb_request_enlist (struct lhb_request *request);
+/* One leg, or the starting of them, is done.  The last one judges. */
+void lhb_request_end_leg (struct lhb_request *request);
+
+static inline bool
+lhb_request_is_rw (const struct lhb_volume *volume, uint32_t index)
+{
+  return atomic_load_explicit (&volume->states[index], memory_order_acquire)
+         == LHB_STATE_RW;
+}
+
+/* ---- The operations, with the range claimed. */
+
+/* Begin, or go on after an error, with the next replica. */
+void lhb_request_read (struct lhb_request *request);
+/* The replica to read from, or -1: all were tried. */
+int lhb_request_choose_source (const struct lhb_request *request);
+void lhb_request_write (struct lhb_request *request);
+void lhb_request_zero (struct lhb_request *request);
+void lhb_request_flush (struct lhb_request *request);
+
+static inline void
+lhb_count (_Atomic uint64_t *counter, uint64_t amount)
+{
+  atomic_fetch_add_explicit (counter, amount, memory_order_relaxed);
+}
+
+#endif
