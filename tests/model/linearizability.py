@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 BLOCK = 4096
 NEVER = math.inf
+WRONG_BYTES_LOOKED_AT = 8  # two tags: enough that another write has them by chance only seldom
 
 
 class NotLinearizable(AssertionError):
@@ -79,12 +80,13 @@ def is_linearizable(initial: bytes, history: Iterable[Access]) -> bool:
     left = [(0, initial)]
     while left:
         placed, content = left.pop()
-        placed, candidates = _place_reads(accesses, placed, content)
+        placed, open_ = _place_reads(accesses, placed, content)
         if placed & required == required:
             return True
-        if (placed, content) in visited:
+        if (placed, content) in visited or not _has_a_future(accesses, placed, content, open_):
             continue
         visited.add((placed, content))
+        candidates = [number for number in open_ if accesses[number].writes]
         # The last one pushed is tried first: the one that had to end first is the best guess.
         candidates.sort(key=lambda number: -accesses[number].ended)
         left += [(placed | 1 << number, accesses[number].applied(content)) for number in candidates]
@@ -92,7 +94,7 @@ def is_linearizable(initial: bytes, history: Iterable[Access]) -> bool:
 
 
 def _place_reads(accesses: list[Access], placed: int, content: bytes) -> tuple[int, list[int]]:
-    """Place every read that may be next and fits; return the writes that may be next."""
+    """Place every read that may be next and fits; return what else may be next."""
     while True:
         horizon = NEVER
         open_: list[int] = []
@@ -109,9 +111,37 @@ def _place_reads(accesses: list[Access], placed: int, content: bytes) -> tuple[i
             if not accesses[number].writes and accesses[number].fits(content)
         ]
         if not fitting:
-            return placed, [number for number in open_ if accesses[number].writes]
+            return placed, open_
         for number in fitting:
             placed |= 1 << number
+
+
+def _has_a_future(accesses: list[Access], placed: int, content: bytes, open_: list[int]) -> bool:
+    """Whether every read that may be next could still be made to fit.
+
+    A byte that it found and that is not there must come from a write that is not placed yet.
+    Without this, a wrong guess is refuted only after every order of the writes of unknown fate.
+    """
+    for number in open_:
+        read = accesses[number]
+        if read.writes:
+            continue
+        wrong = [
+            (read.start + place, byte)
+            for place, byte in enumerate(read.data)
+            if content[read.start + place] != byte
+        ][:WRONG_BYTES_LOOKED_AT]
+        for place, byte in wrong:
+            if not any(
+                write.writes
+                and not placed >> other & 1
+                and write.begun < read.ended
+                and 0 <= place - write.start < len(write.data)
+                and write.data[place - write.start] == byte
+                for other, write in enumerate(accesses)
+            ):
+                return False
+    return True
 
 
 @dataclass

@@ -44,8 +44,10 @@ class RequestFailed(AssertionError):
 
 
 def filled(number: int, length: int) -> bytes:
-    """Bytes that say which write they are of, and are never zero."""
-    return ((number + 1) | 1 << 24).to_bytes(4, "big") * (length // 4 + 1)
+    """Bytes that say which write they are of: four that look random, repeated, never zero."""
+    scrambled = (number + 1) * 2654435761 % 2**32
+    tag = bytes(scrambled // 255**place % 255 + 1 for place in range(4))
+    return (tag * (length // 4 + 1))[:length]
 
 
 class ServedVolume:
@@ -113,7 +115,7 @@ class ServedVolume:
         elif step.kind == "read":
             request = history.begin_read(step.offset)
         elif step.kind == "write":
-            data = filled(self._writes, step.length)[: step.length]
+            data = filled(self._writes, step.length)
             self._writes += 1
             request = history.begin_write(step.offset, data)
         else:
