@@ -567,6 +567,13 @@ class NativeVolume(_Handle):
         _check("attach a connection", result)
         return int(out[0])
 
+    def attach_replica(self, socket_fd: int) -> int:
+        """Hand over the data connection of an engine to this replica; as :meth:`attach`."""
+        out = self._ffi.new("uint64_t *")
+        result = self._lib.lhb_replica_attach(self.raw, socket_fd, out)
+        _check("attach a data connection", result)
+        return int(out[0])
+
 
 def _raw_or_null(volume: NativeVolume | None) -> Any:
     return _module().ffi.NULL if volume is None else volume.raw

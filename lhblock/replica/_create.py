@@ -87,7 +87,12 @@ def check_probe(path: Path, probe: Probe | None, fd: int) -> None:
 
 
 def create_replica(
-    path: Path, *, size_bytes: int, generation: Generation | None, probe: Probe | None
+    path: Path,
+    *,
+    size_bytes: int,
+    generation: Generation | None,
+    encrypted: bool,
+    probe: Probe | None,
 ) -> None:
     """See ``ReplicaDirectory.create``."""
     if (reason := why_bad_size(size_bytes)) is not None:
@@ -103,7 +108,8 @@ def create_replica(
             # Once more: another process may have made a replica before we had the lock.
             _require_room(path, dir_fd)
             try:
-                _fill(path, dir_fd, size_bytes, generation, probe)
+                volume = VolumeMeta(size_bytes, names.FIRST_HEAD, encrypted=encrypted)
+                _fill(path, dir_fd, volume, generation, probe)
             except BaseException:
                 for name in (*_MADE, *((LOCK_NAME,) if made_lock else ())):
                     with contextlib.suppress(OSError):
@@ -162,13 +168,17 @@ def _require_room(path: Path, dir_fd: int) -> None:
 
 
 def _fill(
-    path: Path, dir_fd: int, size_bytes: int, generation: Generation | None, probe: Probe | None
+    path: Path,
+    dir_fd: int,
+    volume: VolumeMeta,
+    generation: Generation | None,
+    probe: Probe | None,
 ) -> None:
     for name in _MADE:
         unlink_if_there(dir_fd, name)
     fd = create_file(dir_fd, names.FIRST_HEAD)
     try:
-        os.ftruncate(fd, size_bytes)
+        os.ftruncate(fd, volume.size_bytes)
         os.fsync(fd)
         check_probe(path, probe, fd)
         fingerprint = HeadFingerprint.of(names.FIRST_HEAD, os.fstat(fd))
@@ -180,5 +190,4 @@ def _fill(
         data = replace(generation, head=fingerprint).encode()
         write_durable(dir_fd, GENERATION_NAME, data, mode=0o600)
     # The last, because it makes the directory a replica.
-    volume = VolumeMeta(size_bytes=size_bytes, head=names.FIRST_HEAD)
     write_durable(dir_fd, names.VOLUME_META, encode_volume(volume))

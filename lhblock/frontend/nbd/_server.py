@@ -145,28 +145,8 @@ class NbdServer:
         return visit.reason
 
     async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
-        starved = False
         while True:
-            try:
-                sock, address = await listener.socket.accept()
-            except OSError as error:
-                if error.errno in _STARVED:
-                    # The client stays in the backlog. Say it once, not ten times a second.
-                    if not starved:
-                        _log.warning(
-                            "cannot accept nbd clients for now",
-                            address=listener.address,
-                            reason=error.strerror,
-                        )
-                    starved = True
-                    await trio.sleep(ACCEPT_RETRY_S)
-                    continue
-                if error.errno in _ABORTED:
-                    continue
-                raise FrontendError(
-                    f"cannot accept clients on {listener.address}: {error.strerror}"
-                ) from error
-            starved = False
+            sock, address = await listener.accept()
             self._make_room()
             visit = self._expect(peer_name(sock, address))
             nursery.start_soon(self._visit, sock, visit)
