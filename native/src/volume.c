@@ -67,6 +67,23 @@ resume_all (struct lhb_request *list,
     }
 }
 
+/* A freeze waits for the claims there are.  A request that comes from the gate
+ * has yet to make its claim, but it is counted; one that is no longer counted
+ * may have yet to release it. */
+static void
+end_requests (struct lhb_volume *volume)
+{
+  bool all_claimed;
+
+  do
+    {
+      all_claimed = atomic_load (&volume->counters.in_flight) == 0;
+      (void) lhb_volume_freeze (volume);
+      lhb_volume_thaw (volume);
+    }
+  while (!all_claimed);
+}
+
 void
 lhb_volume_close (lhb_volume *volume)
 {
@@ -88,8 +105,7 @@ lhb_volume_close (lhb_volume *volume)
   while (volume->connection_count > 0)
     pthread_cond_wait (&volume->changed, &volume->lock);
   pthread_mutex_unlock (&volume->lock);
-  (void) lhb_volume_freeze (volume);
-  lhb_volume_thaw (volume);
+  end_requests (volume);
   lhb_range_close (volume->ranges);
   pthread_cond_destroy (&volume->changed);
   pthread_mutex_destroy (&volume->lock);
