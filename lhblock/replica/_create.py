@@ -13,6 +13,7 @@ from pathlib import Path
 from lhblock.errors import (
     ReplicaForeign,
     ReplicaIO,
+    ReplicaNoExtents,
     ReplicaNotFound,
     ReplicaUnsupported,
     UsageError,
@@ -75,11 +76,11 @@ def check_probe(path: Path, probe: Probe | None, fd: int) -> None:
     """Find out whether the file system tells data from holes.
 
     Raises:
-      ReplicaUnsupported: it does not.
+      ReplicaNoExtents: it does not.
     """
     result = 0 if probe is None else probe(fd)
     if result < 0:
-        raise ReplicaUnsupported(
+        raise ReplicaNoExtents(
             path,
             f"the file system cannot list extents (FIEMAP: {os.strerror(-result)}); use ext4 or "
             "xfs",
