@@ -60,6 +60,9 @@ class _LonghornCommand(click.Command):
     default="tcp",
     help="unix: data connections on a Unix socket of the control path.",
 )
+@click.option(
+    "--data-socket", metavar="PATH", help="That Unix socket.  [default: in LONGHORN_CONTROL_PATH]"
+)
 @click.option("--snapshot-max-count", type=int, default=_COUNT_MAX, show_default=True)
 @click.option("--snapshot-max-size", metavar="SIZE", default="0", help="0 is no limit.")
 @click.option(
@@ -88,6 +91,7 @@ def replica(
     listen: str,
     size: int | None,
     data_server_protocol: str,
+    data_socket: str | None,
     snapshot_max_count: int,
     snapshot_max_size: str,
     unmap_mark_disk_chain_removed: bool,
@@ -108,6 +112,8 @@ def replica(
         raise UsageError("--backing-file: volumes on a backing file are not supported yet")
     if data_server_protocol not in ("tcp", "unix"):
         raise UsageError(f"unsupported protocol: {data_server_protocol}; give tcp or unix")
+    if data_socket is not None and data_server_protocol != "unix":
+        raise UsageError("--data-socket is for --data-server-protocol unix")
     address = parse_listen(listen)
 
     import trio
@@ -121,6 +127,7 @@ def replica(
         volume=app.volume_name,
         instance=app.instance_name,
         data_protocol="unix" if data_server_protocol == "unix" else "tcp",
+        data_socket=None if data_socket is None else Path.cwd() / data_socket,
         unmap_mark=unmap_mark_disk_chain_removed,
         snapshot_max_count=snapshot_max_count,
         snapshot_max_size=parse_size(snapshot_max_size),

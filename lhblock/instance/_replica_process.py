@@ -40,6 +40,7 @@ class ReplicaOptions:
       size_bytes: of a new replica; without it the directory may wait for a ``ReplicaCreate``.
       volume, instance: who callers must be looking for; empty is not checked.
       data_protocol: ``unix`` takes data connections on a Unix socket instead of P+1.
+      data_socket: its path; None is Longhorn's, which is made of the control path and the volume.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class ReplicaOptions:
     volume: str = ""
     instance: str = ""
     data_protocol: Literal["tcp", "unix"] = "tcp"
+    data_socket: Path | None = None
     unmap_mark: bool = False
     snapshot_max_count: int = SNAPSHOT_COUNT_MAX
     snapshot_max_size: int = 0
@@ -84,7 +86,7 @@ def data_socket_path(volume: str, control_path: str | None) -> Path:
     if not volume or "/" in volume:
         raise UsageError(
             "data connections over a Unix socket need the volume's name for its path; give"
-            " --volume-name"
+            " --volume-name, or the path itself with --data-socket"
         )
     chosen = os.path.normpath(control_path or "")
     if not chosen.startswith("/") or chosen == "/" or f"{chosen}/".startswith("/dev/"):
@@ -198,7 +200,9 @@ async def _listen(
     """Start the control service and open the data listeners, two ports in a row."""
     host, port = options.listen.host, options.listen.port
     if options.data_protocol == "unix":
-        path = data_socket_path(options.volume, os.environ.get(CONTROL_PATH_VARIABLE))
+        path = options.data_socket or data_socket_path(
+            options.volume, os.environ.get(CONTROL_PATH_VARIABLE)
+        )
         if not path.parent.is_dir():
             raise FrontendError(f"cannot listen on {path}: its directory does not exist")
         listener = await open_unix_listener(path)
