@@ -499,6 +499,10 @@ class NativeVolume(_Handle):
         """While shut, FLUSH and FUA wait."""
         self._lib.lhb_volume_gate_flushes(self.raw, int(shut))
 
+    def give_up(self) -> None:
+        """End with EIO what waits for a fence or for the gate, and every request from now on."""
+        self._lib.lhb_volume_give_up(self.raw)
+
     def fenced(self, store_id: int) -> None:
         """The failed store is named stale on stable storage: release what waits for that."""
         _check("release fenced requests", self._lib.lhb_volume_fenced(self.raw, store_id))

@@ -216,6 +216,9 @@ void lhb_volume_gate_flushes (lhb_volume *volume, int shut);
 /* The failed store has been named stale on stable storage by the others:
  * release the acknowledgements held for it. */
 int lhb_volume_fenced (lhb_volume *volume, uint64_t store_id);
+/* Nothing can be promised any more: what waits for a fence or for the gate,
+ * and every request that ends from now on, ends with EIO. */
+void lhb_volume_give_up (lhb_volume *volume);
 /* One request from the calling thread, through the same path as NBD.
  * Blocking.  Any alignment. */
 int lhb_volume_io (lhb_volume *volume, uint32_t op, uint32_t flags,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import click
 
 from lhblock.cli._app import App, common_options, confirm
 from lhblock.cli._names import SizeType, volume_argument
-from lhblock.cli._output import note, print_json, print_table
+from lhblock.cli._output import counted, note, print_json, print_table
 from lhblock.errors import LhblockError, UsageError
 from lhblock.settings import check_volume_name, format_size
 
@@ -28,13 +29,15 @@ Advance = Callable[[str, float], None]
 @volume_argument
 @click.option(
     "--seconds",
+    metavar="S",
     type=click.FloatRange(0.1, 3600),
     default=3.0,
-    show_default=True,
-    help="Duration of each measurement.",
+    help="Seconds of each measurement.  [default: 3]",
 )
 @click.option(
-    "--size", type=SizeType(), help="Size of the scratch volume.  [default: 1G, if there is space]"
+    "--size",
+    type=SizeType(),
+    help="Size of the scratch volume.  [default: 1G, less if there is little space]",
 )
 @click.option("--here", is_flag=True, help="Measure VOLUME itself: reads only.")
 @click.option("--write", is_flag=True, help="With --here: also writes. DESTROYS ITS CONTENT.")
@@ -63,6 +66,7 @@ def bench(
         confirm(f"Overwrite volume {volume} with random data?", yes=yes)
     patterns = [item for item in measuring.PATTERNS if write or not here or not item.writes]
     with (
+        _terminable(),
         _target(app, record, here=here, write=write, size_bytes=size) as target,
         _bar(len(patterns) * seconds + (0 if here else _FILL_S), show=not app.json) as advance,
     ):
@@ -85,7 +89,7 @@ def bench(
         return
     what = volume if here else f"a scratch volume beside {volume}"
     click.echo(
-        f"{what}: {format_size(size_bytes)}, {len(record.replicas)} replicas,"
+        f"{what}: {format_size(size_bytes)}, {counted(len(record.replicas), 'replica')},"
         f" cache {record.cache}, {seconds:g} s each"
     )
     print_table(
@@ -105,6 +109,16 @@ def bench(
     )
     if here:
         note("ranges that were never written read as zeros without touching the disk")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C: the scratch volume and who serves it must not be left behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

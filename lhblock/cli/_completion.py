@@ -11,10 +11,10 @@ _VARIABLE = "_LHBLOCK_COMPLETE"
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
 @common_options
 def completion(app: App, shell: str) -> None:
-    """Print the completion script for SHELL.
+    """Print the completion script for SHELL: bash, zsh or fish.
 
     \b
     bash:  lhblock completion bash > /etc/bash_completion.d/lhblock

@@ -44,13 +44,33 @@ def cli(_app: App) -> None:
     lhblock serve db --size 100G          create a volume and serve it
     lhblock volume ls                     what there is
     lhblock snapshot create db s1         on a served or stopped volume
+
+    --data-dir, --json and --debug may also stand after the command. Volumes are kept in
+    /var/lib/lhblock for root, in ~/.local/share/lhblock for others.
+
+    Exit status: 0 done; 1 it failed, with one sentence on standard error; 2 wrong usage, and
+    nothing was done; 130 interrupted.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, 1 for a failure, 2 for a wrong usage."""
-    # A file opened by mistake as standard output must not take a socket's place.
+    _fill_standard_streams()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _fill_standard_streams() -> None:
+    """Open ``/dev/null`` for each standard stream that the caller closed.
+
+    Its number would go to the next file opened, an image perhaps, and what is meant for the
+    stream would be written there.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name, fd in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "r" if fd == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,7 +84,10 @@ def run(arguments: Sequence[str]) -> int:
         return _usage(error)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
-    except click.Abort:
+    except click.Abort as error:
+        # click makes this of an interrupt, too.
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            return INTERRUPTED
         return _fail("aborted; nothing was done", 1)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -1,7 +1,7 @@
 """Printing results: JSON with stable keys, or columns and lines for people.
 
 Columns are laid out here and not by rich, whose import takes longer than listing all volumes;
-rich draws what moves (`lhblock.cli._progress`).
+rich draws what moves (`lhblock.cli._waiting`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in fields) + 1
     for name, value in fields:
         click.echo(f"{name + ':':<{width}} {value}")
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``1 layer``, ``2 layers``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def note(sentence: str) -> None:

@@ -21,21 +21,41 @@ _SHOWN_VOLUMES_MAX = 20
 
 @click.command()
 @volumes_argument
-@click.option("--size", type=SizeType(), help="Create volumes that do not exist, of this size.")
+@click.option(
+    "--size",
+    type=SizeType(),
+    help="Create volumes that do not exist, of this size: 100G, 512M (powers of 1024).",
+)
 @click.option(
     "--replica",
     multiple=True,
     metavar="DIR",
-    help="Replica directory of a new volume; repeat for several.  [default: one in the data dir]",
+    help="Replica directory of a new volume; repeat for up to 8.  [default: one in the data dir]",
 )
-@click.option("--listen", metavar="HOST:PORT", help="TCP address.  [default: 127.0.0.1:10809]")
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    help="TCP address; port 0 lets the kernel choose.  [default: 127.0.0.1:10809]",
+)
 @click.option("--no-tcp", is_flag=True, help="Listen on the Unix socket only.")
 @click.option("--socket", metavar="PATH", help="Unix socket.  [default: DATA-DIR/run/nbd.sock]")
-@click.option("--cache", metavar="writeback|none", help="none bypasses the page cache (O_DIRECT).")
-@click.option("--read-only", is_flag=True, help="Change nothing, metadata included.")
-@click.option("--driver", metavar="auto|io_uring|pool", help="How waiting I/O is done.")
-@click.option("--queues", metavar="N", help="Threads that serve connections.  [1-64]")
-@click.option("--workers", metavar="N", help="Threads for I/O that would block.  [1-64]")
+@click.option(
+    "--cache",
+    type=click.Choice(["writeback", "none"]),
+    help="none bypasses the page cache (O_DIRECT).  [default: as recorded, else writeback]",
+)
+@click.option("--read-only", is_flag=True, help="Write nothing, metadata included.")
+@click.option(
+    "--driver",
+    type=click.Choice(["auto", "io_uring", "pool"]),
+    help="How I/O that has to wait is done.  [default: auto]",
+)
+@click.option("--queues", metavar="N", help="Threads that serve connections, 1-64.  [default: 2]")
+@click.option(
+    "--workers",
+    metavar="N",
+    help="Threads at most for I/O that would stall a queue, 1-64.  [default: 16]",
+)
 @click.option("--max-connections", metavar="N", help="Clients at once.  [default: 1024]")
 @click.option("--stdio", is_flag=True, help="Serve one client on standard input and output.")
 @common_options
@@ -53,7 +73,14 @@ def serve(
     """Serve one or more volumes over NBD until SIGINT or SIGTERM.
 
     A client chooses a volume by its name as export name; VOLUME@SNAPSHOT is a read-only export
-    of a snapshot. A second signal stops at once.
+    of a snapshot. A second signal stops at once. Each option but --size, --replica and --stdio
+    can be given as a variable: LHBLOCK_LISTEN, LHBLOCK_TCP=0, LHBLOCK_SOCKET, LHBLOCK_CACHE,
+    LHBLOCK_READ_ONLY, LHBLOCK_DRIVER, LHBLOCK_QUEUES, LHBLOCK_WORKERS, LHBLOCK_CONNECTIONS_MAX.
+
+    \b
+    lhblock serve db --size 100G
+    lhblock serve db --size 100G --replica /disk1/db --replica /disk2/db
+    lhblock serve web logs --no-tcp --socket /run/nbd.sock
     """
     for name in volumes:
         check_volume_name(name)

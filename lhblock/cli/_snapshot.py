@@ -9,7 +9,7 @@ import click
 
 from lhblock.cli._app import App, common_options
 from lhblock.cli._names import complete_snapshot, snapshot_argument, volume_argument
-from lhblock.cli._output import note, print_json, print_table
+from lhblock.cli._output import counted, note, print_json, print_table
 from lhblock.settings import check_snapshot_name, check_volume_name, format_size, parse_labels
 
 HEAD = "volume-head"
@@ -23,10 +23,20 @@ def snapshot() -> None:
 @snapshot.command()
 @volume_argument
 @click.argument("name", required=False)
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Repeatable.")
+@click.option(
+    "--label", "labels", multiple=True, metavar="KEY=VALUE", help="Kept with it; repeatable."
+)
 @common_options
 def create(app: App, volume: str, name: str | None, labels: tuple[str, ...]) -> None:
-    """Take a snapshot of VOLUME and print its name; without NAME one is chosen."""
+    """Take a snapshot of VOLUME and print its name.
+
+    NAME is 1 to 200 letters, digits, '_', '.' or '-'; a random one is chosen without it. The
+    snapshot holds what was written and acknowledged before; of a mounted file system sync the
+    client first.
+
+    \b
+    lhblock snapshot create db before-upgrade --label why=upgrade
+    """
     check_volume_name(volume)
     given = check_snapshot_name(name) if name is not None else ""
     parsed = parse_labels(labels)
@@ -49,7 +59,10 @@ def create(app: App, volume: str, name: str | None, labels: tuple[str, ...]) -> 
 @volume_argument
 @common_options
 def ls(app: App, volume: str) -> None:
-    """List the snapshots of VOLUME as a tree, oldest first."""
+    """List the snapshots of VOLUME as a tree, oldest first.
+
+    volume-head is the live data. ON DISK is what the layer itself takes.
+    """
     check_volume_name(volume)
 
     from google.protobuf.empty_pb2 import Empty
@@ -92,9 +105,9 @@ def ls(app: App, volume: str) -> None:
 @snapshot_argument
 @common_options
 def revert(app: App, volume: str, snapshot: str) -> None:
-    """Make the content of VOLUME that of SNAPSHOT. What was written since is lost.
+    """Make the content of VOLUME that of SNAPSHOT. Does not ask.
 
-    Refused while clients are connected.
+    What was written since the last snapshot is lost. Refused while clients are connected.
     """
     check_volume_name(volume)
 
@@ -117,7 +130,7 @@ def revert(app: App, volume: str, snapshot: str) -> None:
 @click.argument(
     "snapshots", metavar="SNAPSHOT...", nargs=-1, required=True, shell_complete=complete_snapshot
 )
-@click.option("--wait", is_flag=True, help="Return when the data has moved too.")
+@click.option("--wait", is_flag=True, help="Return when the data has moved, too.")
 @common_options
 def rm(app: App, volume: str, snapshots: tuple[str, ...], wait: bool) -> None:
     """Remove snapshots of VOLUME.
@@ -150,9 +163,10 @@ def rm(app: App, volume: str, snapshots: tuple[str, ...], wait: bool) -> None:
 @click.option("--rehash", is_flag=True, help="Read the data even if a checksum is recorded.")
 @common_options
 def hash_command(app: App, volume: str, snapshot: str, rehash: bool) -> None:
-    """Print the checksum of one layer of VOLUME, per replica, and record it.
+    """Print and record the checksum of a snapshot's layer.
 
-    It is the CRC-64 of the layer's file with its holes as zeros, as Longhorn computes it.
+    One line for each replica. It is the CRC-64 of the layer's file with its holes as zeros, as
+    Longhorn computes it.
     """
     check_volume_name(volume)
 
@@ -223,7 +237,7 @@ def scrub(app: App, volume: str) -> int:
             end = f"repaired from {source}" if source else "no replica has a good copy"
             click.echo(f"damaged: {item['snapshot']} in {item['replica']}; {end}")
         click.echo(
-            f"{job.verified} layers verified, {len(mismatches)} damaged,"
+            f"{counted(job.verified, 'layer')} verified, {len(mismatches)} damaged,"
             f" {job.without_record} without a checksum"
         )
         if job.without_record:

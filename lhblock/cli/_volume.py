@@ -9,7 +9,7 @@ import click
 
 from lhblock.cli._app import App, common_options, confirm
 from lhblock.cli._names import SizeType, volume_argument, volumes_argument
-from lhblock.cli._output import note, print_fields, print_json, print_table
+from lhblock.cli._output import counted, note, print_fields, print_json, print_table
 from lhblock.errors import LhblockError, VolumeBusy
 from lhblock.settings import format_size
 
@@ -58,10 +58,20 @@ def ls(app: App) -> None:
 
 @volume.command()
 @volume_argument
-@click.option("--size", type=SIZE, help="Size of the volume: 100G, 512MiB.")
-@click.option("--replica", "replicas", multiple=True, metavar="DIR", help="Replica directory.")
+@click.option("--size", type=SIZE, help="Size of the volume: 100G, 512M (powers of 1024).")
 @click.option(
-    "--cache", type=click.Choice(["writeback", "none"]), default="writeback", show_default=True
+    "--replica",
+    "replicas",
+    multiple=True,
+    metavar="DIR",
+    help="Replica directory; repeat for up to 8.  [default: one in the data dir]",
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["writeback", "none"]),
+    default="writeback",
+    show_default=True,
+    help="none bypasses the page cache (O_DIRECT).",
 )
 @common_options
 def create(app: App, volume: str, size: int | None, replicas: tuple[str, ...], cache: str) -> None:
@@ -69,6 +79,10 @@ def create(app: App, volume: str, size: int | None, replicas: tuple[str, ...], c
 
     Directories that hold a replica already, for instance one of Longhorn, are adopted as they
     are; --size is then not needed.
+
+    \b
+    lhblock volume create db --size 100G
+    lhblock volume create db --size 100G --replica /disk1/db --replica /disk2/db
     """
     import trio
 
@@ -98,7 +112,11 @@ def create(app: App, volume: str, size: int | None, replicas: tuple[str, ...], c
 @volume_argument
 @common_options
 def info(app: App, volume: str) -> None:
-    """Show everything about VOLUME, from its serving process if there is one."""
+    """Show everything about VOLUME.
+
+    State, size, replicas and what is wrong with them; of a served volume also addresses,
+    clients, jobs and statistics.
+    """
     from google.protobuf.empty_pb2 import Empty
 
     from lhblock.instance import open_channel
@@ -120,7 +138,11 @@ def info(app: App, volume: str) -> None:
 @click.argument("size", type=SIZE)
 @common_options
 def expand(app: App, volume: str, size: int) -> None:
-    """Make VOLUME larger, while it is served or stopped. SIZE is the new size."""
+    """Make VOLUME larger, while it is served or stopped.
+
+    SIZE is the new size, not the difference: 200G, 1.5T (powers of 1024), a multiple of 4096
+    bytes. Connected clients see it when they reconnect. Volumes do not shrink.
+    """
     from google.protobuf.empty_pb2 import Empty
 
     from lhblock.cli._waiting import wait_expanded
@@ -138,7 +160,7 @@ def expand(app: App, volume: str, size: int) -> None:
         return
     click.echo(f"{volume} has {format_size(size_bytes)} now")
     if clients:
-        note(f"{clients} connected clients see the new size when they reconnect")
+        note(f"{counted(clients, 'client')} connected: the new size is seen after reconnecting")
 
 
 @volume.command()
@@ -156,7 +178,8 @@ def rm(app: App, volumes: tuple[str, ...], yes: bool) -> None:
         _refuse_served(app, record)
     made = [str(item.path) for record in records for item in record.replicas if item.made]
     names = ", ".join(record.name for record in records)
-    confirm(f"Remove {names} and all data in {', '.join(made) or 'no directory'}?", yes=yes)
+    data = f" and all data in {', '.join(made)}" if made else "; its replicas stay"
+    confirm(f"Remove {names}{data}?", yes=yes)
     removed = []
     for record in records:
         kept = _remove(registry, record)

@@ -99,7 +99,8 @@ class Member:
         self.state = MemberState.LEFT
         self.error = reason
         was_dirty = self._directory is not None and self._directory.was_dirty
-        self.close(clean=not was_dirty)
+        # With a store it may have been made equal halfway: nobody may believe it without comparing.
+        self.close(clean=not was_dirty and not self.has_store)
 
     def open_store(self, engine: NativeEngine, flags: int) -> None:
         """Open the live chain for sector I/O. Blocking: reads every extent map.

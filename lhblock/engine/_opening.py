@@ -36,7 +36,14 @@ from lhblock.errors import (
     VolumeBusy,
     VolumeFaulted,
 )
-from lhblock.replica import Generation, ReplicaDirectory, choose, new_set
+from lhblock.replica import (
+    OPENED,
+    UNSERVED,
+    Generation,
+    ReplicaDirectory,
+    choose,
+    new_set,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -139,8 +146,7 @@ class Opening:
                 written = await self._choose()
                 await self._agree(written)
                 if not self._config.read_only:
-                    await self._record_missing()
-                    await self._each(lambda member: member.directory.note_repaired())
+                    await self._record_opening()
             except BaseException:
                 await self.abandon()
                 raise
@@ -150,7 +156,8 @@ class Opening:
         """Close everything, leaving dirty what was dirty."""
 
         def close(member: Member) -> None:
-            member.close(clean=not member.directory.was_dirty)
+            # With a store it may have been compared halfway.
+            member.close(clean=not member.directory.was_dirty and not member.has_store)
 
         for member in self.members:
             if member.opened:
@@ -220,7 +227,9 @@ class Opening:
         newest = [candidates[index] for index in choice.newest]
         for stale in choice.stale:
             await self._leave(candidates[stale.index], f"is stale: {stale.reason}")
-        # The newest come first, because the first one is the source where data differs.
+        # The newest come first, because the first one is the source where data differs; among them
+        # those that were closed cleanly, because then everything had been synced.
+        newest.sort(key=lambda member: member.directory.was_dirty)
         self._order = newest + lagging
         written = [member for member in self._order if member.directory.written_elsewhere]
         for member in written:
@@ -232,10 +241,11 @@ class Opening:
         if self._config.read_only:
             for member in lagging:
                 await self._leave(member, "lags behind a fence; open the volume for writing once")
-        elif newest[0].directory.generation is None:
-            generations = new_set(len(newest), time=utc_now())
-            for member, generation in zip(newest, generations, strict=True):
-                await run_metadata(member.directory.write_generation, generation)
+        elif any(member.directory.generation is None for member in newest):
+            generations = dict(
+                zip(newest, new_set(len(newest), time=utc_now(), counter=UNSERVED), strict=True)
+            )
+            await self._each(lambda m: m.directory.write_generation(generations[m]))
         return bool(written or lagging)
 
     async def _agree(self, written: bool) -> None:
@@ -252,13 +262,27 @@ class Opening:
                     )
             source = usable[0]
         else:
-            source, others = await run_metadata(agree, self._config.name, usable)
-            for member in others:
-                await self._leave(member, "holds other snapshots than the majority")
+            source = await self._agree_on_trees(usable)
         self._check_size(source)
         await self._each(lambda member: member.open_store(self._engine, self.store_flags))
         if torn and not self._config.read_only:
             await self._make_equal(source)
+
+    async def _agree_on_trees(self, usable: list[Member]) -> Member:
+        while True:
+            try:
+                source, others = await run_metadata(agree, self._config.name, usable)
+            except ReplicaError as error:
+                failed = [member for member in usable if member.path == error.replica]
+                if not failed or len(usable) == 1:
+                    raise
+                # A full disk perhaps: the others can do without it.
+                await self._leave(failed[0], error.sentence)
+                usable = [member for member in usable if member not in failed]
+                continue
+            for member in others:
+                await self._leave(member, "holds other snapshots than the majority")
+            return source
 
     def _check_size(self, source: Member) -> None:
         size_bytes = source.directory.size_bytes
@@ -346,31 +370,46 @@ class Opening:
             )
         await self._each(lambda member: member.store.sync())
 
-    async def _record_missing(self) -> None:
-        """Name every absent member stale, on stable storage, before anything is served."""
+    async def _record_opening(self) -> None:
+        """Make generations durable that name every absent member stale, before anything is served.
+
+        There are two for a volume of several replicas, whoever is there: a directory that was
+        copied before this moment and put back later is then two steps behind, and not taken for one
+        that a fence did not reach.
+        """
+        await self._record_members()
+        await self._each(lambda member: member.directory.note_repaired())
+        await self._record_members()
+
+    async def _record_members(self) -> None:
         while True:
             usable = self._usable
             best = max(usable, key=lambda member: member.generation.counter).generation
-            for member in usable:
+
+            def catch_up(member: Member, best: Generation = best) -> None:
                 if member.generation.counter != best.counter:
                     own = replace(best, replica_id=member.generation.replica_id)
-                    await run_metadata(member.directory.write_generation, own)
+                    member.directory.write_generation(own)
+
+            await self._each(catch_up)
+            usable = self._usable
             present = {member.generation.replica_id for member in usable}
             missing = [member for member in best.members if member not in present]
-            if not missing:
+            if not missing and len(usable) == 1 and best.counter != UNSERVED:
                 return
-            made = leave_behind(usable, missing, "missing when the volume was opened")
-            before = len(usable)
+            reason = "missing when the volume was opened" if missing else OPENED
+            made = leave_behind(usable, missing, reason)
 
             def write(member: Member, made: dict[Member, Generation] = made) -> None:
                 member.directory.write_generation(made[member])
 
             await self._each(write)
-            if len(self._usable) == before:
-                log.warning(
-                    "replicas left behind",
-                    volume=self._config.name,
-                    count=len(missing),
-                    generation=best.counter + 1,
-                )
+            if len(self._usable) == len(usable):
+                if missing:
+                    log.warning(
+                        "replicas left behind",
+                        volume=self._config.name,
+                        count=len(missing),
+                        generation=best.counter + 1,
+                    )
                 return

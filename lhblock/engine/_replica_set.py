@@ -147,6 +147,8 @@ class ReplicaSet:
         if not self._faulted:
             self._faulted = reason
             log.critical("volume faulted", volume=self._name, reason=reason)
+            if not self._closed:
+                self._native.give_up()
             self._on_faulted()
 
     async def fence(self) -> None:

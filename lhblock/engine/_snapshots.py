@@ -211,7 +211,7 @@ class SnapshotTree:
                 settle, members=list(done), during="making a snapshot durable"
             )
         except (LhblockError, OSError) as error:
-            # The gate stays shut: no flush is answered any more.
+            # Flushes that wait at the gate end with an error.
             self._replicas.fault(f"a snapshot could not be made durable: {error}")
             raise
         self._native.gate_flushes(False)

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from lhblock.instance._removal import removable, remove_replica
     from lhblock.instance._replica_process import ReplicaOptions, ReplicaReady, run_replica
     from lhblock.instance._serve import Ready, ReadyVolume, run_serve
-    from lhblock.instance._serving import Holder, answering_address, serving
+    from lhblock.instance._serving import (
+        Holder,
+        answering_address,
+        remove_dead_sockets,
+        serving,
+    )
     from lhblock.instance._settings import ServeSettings, serve_settings
 
 _HOMES = {
@@ -38,6 +43,7 @@ _HOMES = {
     "machine_features": "_features",
     "open_channel": "_channel",
     "removable": "_removal",
+    "remove_dead_sockets": "_serving",
     "remove_replica": "_removal",
     "run_replica": "_replica_process",
     "run_serve": "_serve",
@@ -64,6 +70,7 @@ __all__ = [
     "machine_features",
     "open_channel",
     "removable",
+    "remove_dead_sockets",
     "remove_replica",
     "run_replica",
     "run_serve",

@@ -21,7 +21,7 @@ from lhblock.instance._registry import (
     new_record,
 )
 from lhblock.instance._removal import removable, remove_replica
-from lhblock.replica import ReplicaDirectory
+from lhblock.replica import ReplicaDirectory, has_room
 from lhblock.settings import check_volume_name
 
 DEFAULT_REPLICA = "replica"
@@ -61,8 +61,7 @@ async def create_volume(
     registry.data_dir.prepare()
     paths = [Path.cwd() / path for path in replicas]
     paths = paths or [registry.data_dir.volume(name) / DEFAULT_REPLICA]
-    if len(set(paths)) != len(paths):
-        raise UsageError(f"volume {name}: a replica directory is given twice")
+    _check_apart(name, paths)
     with registry.locked():
         if name in registry.names():
             raise VolumeExists(name, f"it exists already in {registry.data_dir.path}")
@@ -75,10 +74,12 @@ async def create_volume(
                 " ones that exist, without the others"
             )
         if adopted:
+            _check_not_taken(registry, name, adopted)
             return _adopt(registry, name, paths, size_bytes, cache)
         if size_bytes is None:
             raise UsageError(f"volume {name} does not exist; give --size to create it")
-        made = [ReplicaRecord(path, found[path]) for path in paths]
+        # A directory below the volume's own is ours even if a killed creation left it there.
+        made = [ReplicaRecord(p, found[p] if replicas else MADE_DIRECTORY) for p in paths]
         record = new_record(name, size_bytes=size_bytes, cache=cache, replicas=made)
         return await _make(registry, record)
 
@@ -89,6 +90,30 @@ def uncreate_volume(registry: Registry, record: VolumeRecord) -> None:
         registry.forget(record.name)
         _unmake(record.replicas)
         registry.forget(record.name)
+
+
+def _check_apart(name: str, paths: Sequence[Path]) -> None:
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) != len(resolved):
+        raise UsageError(f"volume {name}: a replica directory is given twice")
+    for path in resolved:
+        # Neither could be removed: a replica directory holds files of the format only.
+        outer = next((other for other in resolved if other in path.parents), None)
+        if outer is not None:
+            raise UsageError(f"volume {name}: the replica directory {path} is inside {outer}")
+
+
+def _check_not_taken(registry: Registry, name: str, adopted: Sequence[Path]) -> None:
+    wanted = {path.resolve() for path in adopted}
+    for other in registry.names():
+        try:
+            paths = registry.get(other).paths
+        except LhblockError:
+            # A damaged record cannot tell, and must not be in the way.
+            continue
+        taken = next((path for path in paths if path.resolve() in wanted), None)
+        if taken is not None:
+            raise UsageError(f"volume {name}: {taken} is a replica of volume {other}")
 
 
 def _kind(path: Path) -> str:
@@ -103,8 +128,8 @@ def _kind(path: Path) -> str:
         raise ReplicaForeign(path, f"cannot be read: {error.strerror}") from error
     if META in entries:
         return MADE_NOTHING
-    # What mkfs leaves at the top of every ext file system.
-    if set(entries) <= {"lost+found"}:
+    # Also what mkfs leaves at the top of every ext file system, and what a kill left of a creation.
+    if has_room(path):
         return MADE_FILES
     raise ReplicaForeign(
         path, f"is not empty and holds no replica ({min(entries)!r} is there); choose another path"

@@ -30,7 +30,7 @@ from lhblock.instance._exports import VolumeExports
 from lhblock.instance._notify import Notifier
 from lhblock.instance._registry import Registry, VolumeRecord
 from lhblock.instance._served import FRONTEND, ServedVolume, open_served
-from lhblock.instance._serving import serving
+from lhblock.instance._serving import remove_dead_sockets, serving
 from lhblock.instance._settings import ServeSettings
 from lhblock.instance._signals import watch_signals
 from lhblock.instance._volume_service import VolumeService
@@ -143,6 +143,8 @@ async def _serve(
     data_dir, settings = process.data_dir, process.settings
     _check_names(process, names, size_bytes)
     data_dir.prepare()
+    with suppress(OSError):
+        remove_dead_sockets(data_dir)
     async with AsyncExitStack() as stack:
         listeners = [] if stdio else await _listen(stack, data_dir, settings)
         records = await _records(stack, process, names, size_bytes)

@@ -56,11 +56,12 @@ def lock_holder(replica: Path) -> Holder | None:
 def serving(data_dir: DataDir, record: VolumeRecord) -> Holder | None:
     """Return who serves the volume, or None.
 
-    The lock of the first replica directory that is there decides. A read-only process shares
-    that lock, so one that answers on its control socket counts as well.
+    The lock of the first replica directory that can be looked into decides. A read-only process
+    shares that lock, so one that answers on its control socket counts as well.
     """
     for path in record.paths:
-        if (path / LOCK_FILE).exists():
+        # Not Path.exists(), which raises for a directory that may not be searched.
+        if os.path.exists(path / LOCK_FILE):  # noqa: PTH110
             holder = lock_holder(path)
             if holder is not None:
                 return holder
@@ -70,6 +71,22 @@ def serving(data_dir: DataDir, record: VolumeRecord) -> Holder | None:
         return None
     pid = address.removesuffix(".sock").rpartition("serve-")[2]
     return Holder(int(pid) if pid.isdigit() else 0)
+
+
+def remove_dead_sockets(data_dir: DataDir) -> None:
+    """Delete the control sockets that killed processes left behind.
+
+    Both must be true of a dead one: its process is not there, which alone could be a process of
+    another container, and nobody answers, which alone could be one that is about to listen.
+    """
+    for path in data_dir.run.glob("serve-*.sock"):
+        pid = path.stem.removeprefix("serve-")
+        if pid.isascii() and pid.isdecimal() and not _lives(int(pid)) and not _answers(str(path)):
+            path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")  # noqa: PTH110
 
 
 def answering_address(data_dir: DataDir, volume: str) -> str | None:

@@ -16,6 +16,8 @@ from lhblock.errors import UsageError
 from lhblock.settings import NBD_PORT
 
 _ENV_PREFIX = "LHBLOCK_"
+# Options that are not called as their setting.
+_OPTIONS = {"connections_max": "--max-connections"}
 
 
 class ServeSettings(BaseSettings):
@@ -32,7 +34,6 @@ class ServeSettings(BaseSettings):
       workers: threads for I/O that would stall a queue.
       connections_max: clients at once, over all volumes.
       handshake_timeout_s: how long a client may take to choose its export.
-      stop_timeout_s: how long a clean stop may take before it is forced.
       replica: directories of a new volume; none means the default one.
     """
 
@@ -50,7 +51,6 @@ class ServeSettings(BaseSettings):
     workers: Annotated[int, Field(ge=1, le=64)] = 16
     connections_max: Annotated[int, Field(ge=1, le=65536)] = 1024
     handshake_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    stop_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     replica: Annotated[tuple[Path, ...], NoDecode] = ()
 
 
@@ -67,7 +67,7 @@ def serve_settings(**options: Any) -> ServeSettings:
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else "settings"
-        name = field.replace("_", "-")
-        source = f"--{name}" if field in given else f"{_ENV_PREFIX}{field.upper()}"
+        option = _OPTIONS.get(field, f"--{field.replace('_', '-')}")
+        source = option if field in given else f"{_ENV_PREFIX}{field.upper()}"
         problem = first["msg"][0].lower() + first["msg"][1:]
         raise UsageError(f"{source} {first['input']!r}: {problem}") from error

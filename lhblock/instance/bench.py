@@ -189,7 +189,8 @@ def measure(
     figures = []
     for pattern in patterns:
         before = _cpu_s(target.pid)
-        arguments = ["--time_based", f"--runtime={seconds}"]
+        # In milliseconds, because fio cuts fractions of a second off.
+        arguments = ["--time_based", f"--runtime={max(round(seconds * 1000), 1)}ms"]
         report = _fio(fio, target, pattern, arguments, partial(advance, pattern.name))
         cpu_s = _cpu_s(target.pid) - before
         side = report["jobs"][0]["write" if pattern.writes else "read"]

@@ -11,9 +11,11 @@ from lhblock.replica._checksum import (
     valid_checksum,
     write_checksum,
 )
-from lhblock.replica._create import Probe
+from lhblock.replica._create import Probe, has_room
 from lhblock.replica._directory import EXPANSION_LABEL, ReplicaDirectory
 from lhblock.replica._generation import (
+    OPENED,
+    UNSERVED,
     Candidate,
     Choice,
     Generation,
@@ -41,6 +43,8 @@ __all__ = [
     "BLOCK_BYTES",
     "EXPANSION_LABEL",
     "LAYERS_MAX",
+    "OPENED",
+    "UNSERVED",
     "Candidate",
     "ChecksumRecord",
     "Choice",
@@ -57,6 +61,7 @@ __all__ = [
     "check_snapshot_name",
     "choose",
     "created_text",
+    "has_room",
     "hash_image",
     "lock_holder",
     "new_set",

@@ -158,10 +158,29 @@ def _sync_parent(path: Path) -> None:
         os.close(parent_fd)
 
 
+def has_room(path: Path) -> bool:
+    """Whether a replica can be made in a directory: it is empty, or a creation ended early there.
+
+    Raises:
+      ReplicaNotFound, ReplicaForeign, ReplicaIO: it is no directory that can be read.
+    """
+    dir_fd = open_directory(path)
+    try:
+        return _is_room(dir_fd, list_names(path, dir_fd))
+    except OSError as error:
+        raise ReplicaIO(path, f"cannot read the directory: {error.strerror}") from error
+    finally:
+        os.close(dir_fd)
+
+
+def _is_room(dir_fd: int, found: frozenset[str]) -> bool:
+    return not foreign_names(found) or is_unfinished_create(dir_fd, found)
+
+
 def _require_room(path: Path, dir_fd: int) -> None:
     found = list_names(path, dir_fd)
     strangers = foreign_names(found)
-    if not strangers or is_unfinished_create(dir_fd, found):
+    if _is_room(dir_fd, found):
         return
     if names.VOLUME_META in found or any(names.is_image(name) for name in found):
         raise ReplicaForeign(path, "holds a replica already; open that or give an empty directory")

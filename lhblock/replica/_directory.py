@@ -174,6 +174,7 @@ class ReplicaDirectory:
             view = make_view(self.path, survey, volume, plan.hidden)
             self._generation = self._read_generation()
             self._probe_head(volume.head, probe)
+            self._refuse_short_head(volume)
         self.was_dirty = volume.dirty
         self.torn = bool(plan.steps) or (self._generation is not None and self._generation.torn)
         self.written_elsewhere = self._why_written_elsewhere(volume)
@@ -222,15 +223,6 @@ class ReplicaDirectory:
         done: list[str] = []
         if volume.error:
             done.append(f"cleared the error {volume.error!r:.200}: all images are sound")
-        state = stat_file(self.dir_fd, volume.head)
-        if state is not None and state.st_size < volume.size_bytes:
-            fd = self._open_image(volume.head, os.O_RDWR)
-            try:
-                os.ftruncate(fd, volume.size_bytes)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            done.append(f"extended {volume.head} from {state.st_size} to {volume.size_bytes} bytes")
         # We do not count writes, and Longhorn would take a counter that stood still for an old
         # replica.
         if unlink_if_there(self.dir_fd, names.REVISION_COUNTER):
@@ -243,6 +235,18 @@ class ReplicaDirectory:
         if done:
             sync_directory(self.dir_fd)
         return tuple(done)
+
+    def _refuse_short_head(self, volume: VolumeMeta) -> None:
+        """A head has its full size before it becomes the head, so a shorter one lost data."""
+        state = stat_file(self.dir_fd, volume.head)
+        if state is not None and state.st_size < volume.size_bytes:
+            raise ReplicaDamaged(
+                self.path,
+                f"{volume.head} has {state.st_size} bytes and the volume {volume.size_bytes}: it "
+                "was cut short and what stood beyond is lost. Restore the file; or, if no other "
+                "replica has the data and zeros will do, run "
+                f"`truncate -s {volume.size_bytes}` on it",
+            )
 
     def _probe_head(self, head: str, probe: Probe | None) -> None:
         fd = self._open_image(head, os.O_RDONLY)

@@ -25,6 +25,12 @@ from lhblock.replica._metadata import MalformedError
 GENERATION_NAME = "lhblock.generation"
 HISTORY_MAX = 64
 MEMBERS_MAX = 64
+UNSERVED = 0
+"""Counter of a generation under which nothing was served yet."""
+
+OPENED = "opened"
+"""Reason of a generation that changes no member."""
+
 _VERSION = 1
 _TEXT_CHARS_MAX = 1000
 _NANOSECONDS = 1_000_000_000
@@ -183,14 +189,19 @@ def _history_entry(value: Mapping[str, Any]) -> HistoryEntry:
     )
 
 
-def new_set(count: int, *, time: str) -> tuple[Generation, ...]:
-    """The first generation of a volume, one per replica."""
+def new_set(count: int, *, time: str, counter: int = 1) -> tuple[Generation, ...]:
+    """The first generation of a volume, one per replica.
+
+    Args:
+      counter: ``UNSERVED`` for directories that exist already: a crash may leave some of them
+        without a generation, which is no harm as long as none was served with one.
+    """
     assert 1 <= count <= MEMBERS_MAX, count
     volume_id, generation = str(uuid.uuid4()), str(uuid.uuid4())
     members = tuple(str(uuid.uuid4()) for _ in range(count))
-    history = (HistoryEntry(1, generation, time, "created", members, ()),)
+    history = (HistoryEntry(counter, generation, time, "created", members, ()),)
     return tuple(
-        Generation(volume_id, member, 1, generation, history, members) for member in members
+        Generation(volume_id, member, counter, generation, history, members) for member in members
     )
 
 
@@ -205,6 +216,8 @@ def supersede(
     """The generation that leaves replicas behind (or takes some in), one per survivor.
 
     Nothing that a replica in ``left`` missed may be acknowledged before all of these are durable.
+    One that only says ``OPENED`` again takes the place of the last entry of the history, so that
+    opening a volume often does not push out who was left behind.
 
     Args:
       survivors: the present generations of the replicas that go on, all the same one.
@@ -230,10 +243,16 @@ def supersede(
             counter=entry.counter,
             generation=generation,
             members=members,
-            history=(*each.history, entry)[-HISTORY_MAX:],
+            history=(*_before(each.history, entry), entry)[-HISTORY_MAX:],
         )
         for each in survivors
     )
+
+
+def _before(history: tuple[HistoryEntry, ...], entry: HistoryEntry) -> tuple[HistoryEntry, ...]:
+    last = history[-1]
+    again = entry.reason == last.reason == OPENED and last.members == entry.members
+    return history[:-1] if again else history
 
 
 class Candidate(Protocol):
@@ -284,7 +303,8 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
     """
     assert candidates
     present = [(index, each.generation) for index, each in enumerate(candidates) if each.generation]
-    if not present:
+    begun = len(present) < len(candidates)
+    if begun and all(generation.counter == UNSERVED for _, generation in present):
         _refuse_partly_written(candidates, range(len(candidates)))
         return Choice(tuple(range(len(candidates))), (), ())
     _refuse_strangers(candidates, present)
@@ -293,7 +313,7 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
     lagging: list[int] = []
     stale: list[Stale] = []
     for index, generation in present:
-        if best.knows(generation.counter, generation.generation) is False:
+        if _went_apart(best, generation):
             other = next(i for i, each in present if each is best)
             raise ReplicaStale(
                 candidates[index].label,
@@ -315,6 +335,17 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
             )
     _refuse_partly_written(candidates, newest)
     return Choice(tuple(newest), tuple(lagging), tuple(stale))
+
+
+def _went_apart(best: Generation, other: Generation) -> bool:
+    """Whether ``other`` has a generation that did not come before ``best``."""
+    if best.knows(other.counter, other.generation) is False:
+        return True
+    # Its own generation may be too long ago for the history, or one of many opens.
+    return any(
+        best.replica_id in entry.left and best.knows(entry.counter, entry.uuid) is not True
+        for entry in other.history
+    )
 
 
 def _when_left(best: Generation, replica_id: str) -> str:

@@ -50,6 +50,7 @@ struct lhb_volume {
   pthread_cond_t changed;
   bool frozen;                  /* one freezer at a time */
   bool closing;
+  _Atomic bool given_up;        /* never again false */
   _Atomic bool gate_shut;
   struct lhb_request *gated;    /* flushes and FUA waiting for the gate */
   struct lhb_request *held;     /* done, but not to be acknowledged yet */

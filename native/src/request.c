@@ -4,6 +4,7 @@
  */
 
 #include <assert.h>
+#include <errno.h>
 
 #include "lhb_queue.h"
 #include "lhb_request_steps.h"
@@ -18,6 +19,9 @@ lhb_request_finish (struct lhb_request *request)
 {
   struct lhb_counters *counters = &request->volume->counters;
 
+  /* Reads too: they may see what was never acknowledged. */
+  if (request->error == 0 && atomic_load (&request->volume->given_up))
+    request->error = -EIO;
   lhb_count (&counters->requests[request->op], 1);
   lhb_count (&counters->bytes[request->op], request->length_bytes);
   lhb_count (&counters->ns[request->op], lhb_now_ns () - request->start_ns);

@@ -209,6 +209,20 @@ lhb_volume_fenced (lhb_volume *volume, uint64_t store_id)
   return err;
 }
 
+void
+lhb_volume_give_up (lhb_volume *volume)
+{
+  struct lhb_request *held;
+
+  pthread_mutex_lock (&volume->lock);
+  atomic_store (&volume->given_up, true);
+  held = volume->held;
+  volume->held = NULL;
+  pthread_mutex_unlock (&volume->lock);
+  resume_all (held, lhb_request_resume_held);
+  lhb_volume_gate_flushes (volume, 0);
+}
+
 bool
 lhb_volume_hold (struct lhb_volume *volume, struct lhb_request *request)
 {
@@ -217,7 +231,8 @@ lhb_volume_hold (struct lhb_volume *volume, struct lhb_request *request)
   if (atomic_load (&volume->unfenced) == 0)
     return false;
   pthread_mutex_lock (&volume->lock);
-  hold = atomic_load (&volume->unfenced) > 0 && !volume->closing;
+  hold = atomic_load (&volume->unfenced) > 0 && !volume->closing
+         && !atomic_load (&volume->given_up);
   if (hold)
     {
       request->next = volume->held;

@@ -301,6 +301,44 @@ replica_is_dropped_for_whatever_it_fails_to_do (void)
   check_failing_op ("store.short_write", LHB_OP_WRITE, 0, 0);
 }
 
+/* Two requests in flight, and each of two replicas fails one of them: the one
+ * that is judged second is the last, and its error is the client's. */
+static void
+replicas_that_fail_at_once_are_not_both_dropped (void)
+{
+  for (int round = 0; round < 20; round++)
+    {
+      struct rig rig;
+      struct rig_call calls[2];
+      struct lhb_event event;
+      int events = 0;
+
+      rig_open (&rig, LHB_DRIVER_AUTO, LHB_STORE_DIRECT, 2, BLOCKS);
+      CHECK_EQUAL (lhb_volume_freeze (rig.volume), 0);
+      for (uint32_t i = 0; i < 2; i++)
+        {
+          CHECK_EQUAL (lhb_fault_arm ("store.write", EIO,
+                                      lhb_store_id (rig.stores[i]), i, 1),
+                       0);
+          rig_start (&rig, &calls[i], LHB_OP_WRITE, 0, 8 * i * BLOCK, BLOCK,
+                     'w');
+        }
+      AWAIT (atomic_load (&rig.volume->counters.waits) == 2);
+      lhb_volume_thaw (rig.volume);
+      while (!atomic_load (&calls[0].done) || !atomic_load (&calls[1].done))
+        if (lhb_engine_next_event (rig.engine, &event))
+          {
+            events++;
+            CHECK_EQUAL (lhb_volume_fenced (rig.volume, event.subject_id), 0);
+          }
+      (void) rig_finish (&calls[0]);
+      (void) rig_finish (&calls[1]);
+      CHECK (events <= 1 && !rig_has_event (&rig));
+      CHECK_EQUAL (rig_io (&rig, LHB_OP_WRITE, 0, 0, SIZE, 'z'), 0);
+      rig_close (&rig);
+    }
+}
+
 static void
 failed_read_is_answered_by_another_replica (void)
 {
@@ -751,6 +789,8 @@ block_status_covers_what_was_asked (void)
     }
   CHECK_EQUAL (rig_io (&rig, LHB_OP_TRIM, 0, 3 * BLOCK, 2 * BLOCK, 0), 0);
   zero[3] = zero[4] = true;
+  /* Data of two layers is one run. */
+  CHECK_EQUAL (rig_io (&rig, LHB_OP_WRITE, 0, 9 * BLOCK, BLOCK, 'w'), 0);
   for (uint64_t first = 0; first < BLOCKS; first++)
     for (uint64_t last = first; last < BLOCKS; last += 3)
       {
@@ -772,6 +812,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (failed_write_drops_the_replica_and_waits_for_the_fence),
   LHB_TEST (every_failed_replica_must_be_fenced),
   LHB_TEST (replica_is_dropped_for_whatever_it_fails_to_do),
+  LHB_TEST (replicas_that_fail_at_once_are_not_both_dropped),
   LHB_TEST (failed_read_is_answered_by_another_replica),
   LHB_TEST (read_that_no_replica_can_do_drops_none),
   LHB_TEST (last_replica_returns_its_error_and_stays),

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from google.protobuf.empty_pb2 import Empty
@@ -22,103 +18,20 @@ from lhblock.errors import ControlError
 from lhblock.rpc import CONTROLLER, HEALTH, RpcClient
 from lhblock.rpc.generated import controller_pb2, health_pb2
 from tests.activation import listen_unix
+from tests.live.serving import (
+    MIB,
+    TIMEOUT_S,
+    Serve,
+    ToolFailed,
+    cli,
+    cli_json,
+    command,
+    nbdsh,
+    serve,
+    tool,
+)
 
 pytestmark = pytest.mark.live
-
-TIMEOUT_S = 60.0
-MIB = 1 << 20
-
-
-class ToolFailed(Exception):
-    """A client program ended with an error; what it said."""
-
-
-class Serve:
-    """A serving process that said it is ready."""
-
-    def __init__(self, process: subprocess.Popen[str], data_dir: Path) -> None:
-        self.process = process
-        self.data_dir = data_dir
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate(timeout=TIMEOUT_S)[1]
-        self.ready = json.loads(line)
-
-    def uri(self, export: str = "db") -> str:
-        return f"nbd+unix:///{export}?socket={self.ready['sockets'][0]}"
-
-    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal and return the exit status and the log."""
-        self.process.send_signal(number)
-        _, log = self.process.communicate(timeout=TIMEOUT_S)
-        return self.process.returncode, log
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "lhblock", *arguments]
-
-
-def start(data_dir: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command("serve", *arguments, "--json"),
-        env=os.environ | {"LHBLOCK_DATA_DIR": str(data_dir)} | options.pop("env", {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-@contextmanager
-def serve(data_dir: Path, *arguments: str, **options: Any) -> Iterator[Serve]:
-    process = start(data_dir, *arguments, "--listen", "127.0.0.1:0", **options)
-    try:
-        yield Serve(process, data_dir)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate(timeout=TIMEOUT_S)
-
-
-def cli(data_dir: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(*arguments),
-        env=os.environ | {"LHBLOCK_DATA_DIR": str(data_dir)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def cli_json(data_dir: Path, *arguments: str) -> Any:
-    return json.loads(cli(data_dir, *arguments, "--json").stdout)
-
-
-def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = shutil.which(name)
-    assert path is not None, f"these tests need {name}"
-    done = subprocess.run(
-        [path, *arguments],
-        # nbdsh takes the first python3, which must be the one that python3-libnbd is for.
-        env=os.environ | {"PATH": f"/usr/bin:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode:
-        raise ToolFailed(f"{name}: {done.stderr}")
-    return done
-
-
-def nbdsh(uri: str, *statements: str) -> str:
-    words = [word for statement in statements for word in ("-c", statement)]
-    return tool("nbdsh", "-u", uri, *words).stdout
 
 
 def test_a_volume_is_created_served_and_found_again(tmp_path: Path) -> None:
@@ -379,6 +292,30 @@ def test_bench_measures_a_scratch_volume_and_removes_it(tmp_path: Path) -> None:
         "replica",
         "volume.json",
     }
+
+
+def test_bench_leaves_nothing_when_it_is_terminated(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    cli(data, "volume", "create", "db", "--size", "4M")
+    fio = tmp_path / "bin" / "fio"
+    fio.parent.mkdir()
+    # Asked for its engines it says yes; asked to measure it terminates the bench and goes on.
+    fio.write_text(
+        '#!/bin/sh\ncase "$*" in *--enghelp*) exit 0 ;; esac\nkill -TERM $PPID\nexec sleep 600\n'
+    )
+    fio.chmod(0o755)
+    found = subprocess.run(
+        command("--data-dir", str(data), "bench", "db", "--size", "64M"),
+        env=os.environ | {"PATH": f"{fio.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert found.returncode == 130, found.stderr
+    assert list((data / "run").iterdir()) == []
+    assert [row["name"] for row in cli_json(data, "volume", "ls")["volumes"]] == ["db"]
+    assert not list((data / "volumes" / "db").glob("bench-*"))
 
 
 def test_bench_reads_a_served_volume_without_writing(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lhblock import _native
-from lhblock.errors import VolumeFaulted
-from lhblock.replica import PendingHead, ReplicaDirectory
+from lhblock.errors import ReplicaIO, VolumeFaulted
+from lhblock.replica import UNSERVED, PendingHead, ReplicaDirectory, new_set
 from tests.model.volumes import BLOCK, VolumeFiles, view_content
 
 pytestmark = pytest.mark.model
@@ -251,3 +252,47 @@ async def test_one_replica_written_by_another_program_opens(tmp_path: Path) -> N
         image.write(b"else")
     async with files.open() as volume:
         assert await volume.read(0, 4) == b"else"
+
+
+async def test_replica_on_a_full_disk_does_not_keep_the_others_from_opening(
+    files: VolumeFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot_one(files.paths[0], "s1", settle=True)
+    make_dirty(files.paths[1])
+    prepare_snapshot = ReplicaDirectory.prepare_snapshot
+
+    def refuse(directory: ReplicaDirectory, name: str, **how: Any) -> PendingHead:
+        if directory.path == files.paths[1]:
+            raise ReplicaIO(directory.path, "cannot prepare the head: No space left on device")
+        return prepare_snapshot(directory, name, **how)
+
+    monkeypatch.setattr(ReplicaDirectory, "prepare_snapshot", refuse)
+    async with files.open() as volume:
+        assert [info.mode for info in volume.replicas()] == ["RW", "ERR"]
+        assert "No space left" in volume.replicas()[1].error
+        assert [snapshot.name for snapshot in volume.snapshots()] == ["s1"]
+
+
+async def test_first_generation_that_only_one_replica_has_is_begun_again(tmp_path: Path) -> None:
+    paths = [tmp_path / "r0", tmp_path / "r1"]
+    for path in paths:
+        ReplicaDirectory.create(path, size_bytes=SIZE_BYTES)
+    directory = ReplicaDirectory.open(paths[0])
+    directory.write_generation(new_set(2, time=CREATED, counter=UNSERVED)[0])
+    directory.close(clean=False)
+    files = VolumeFiles(paths, SIZE_BYTES)
+    for _ in range(2):
+        async with files.open() as volume:
+            assert volume.state == "healthy"
+
+
+async def test_replica_that_was_closed_cleanly_is_the_one_the_others_are_made_equal_to(
+    files: VolumeFiles,
+) -> None:
+    async with files.open() as volume:
+        await volume.write(0, b"all of it")
+    # Its disk refused the last sync, and lost what had not been flushed.
+    write_head(files.paths[0], 0, bytes(BLOCK))
+    async with files.open() as volume:
+        for _ in range(8):
+            assert await volume.read(0, 9) == b"all of it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from lhblock.errors import (
     VolumeError,
     VolumeFaulted,
 )
-from lhblock.replica import Generation, ReplicaDirectory
+from lhblock.replica import Generation, PendingHead, ReplicaDirectory
 from tests.model.volumes import BLOCK, VolumeFiles, fault
 
 pytestmark = pytest.mark.model
@@ -63,7 +64,7 @@ async def test_absent_replica_is_named_stale_before_anything_is_written(
     for path in files.paths[:2]:
         generation = generation_of(path)
         assert absent not in generation.members
-        assert generation.history[-1].left == (absent,)
+        assert (absent,) in [entry.left for entry in generation.history]
 
 
 async def test_replica_that_was_away_is_left_out_when_it_returns(files: VolumeFiles) -> None:
@@ -76,6 +77,58 @@ async def test_replica_that_was_away_is_left_out_when_it_returns(files: VolumeFi
         # Whatever replica answers.
         for _ in range(8):
             assert await volume.read(0, 3) == b"new"
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+async def test_old_copy_that_was_put_back_in_place_of_a_replica_is_stale(
+    files: VolumeFiles, tmp_path: Path, *, snapshot: bool
+) -> None:
+    async with files.open() as volume:
+        await volume.write(0, b"old")
+    copy = files.copy_of(0, tmp_path / "copy")
+    async with files.open() as volume:
+        await volume.write(0, b"new")
+        if snapshot:
+            await volume.create_snapshot("s1")
+    shutil.rmtree(files.paths[0])
+    copy.rename(files.paths[0])
+    async with files.open() as volume:
+        assert modes(volume) == ["ERR", "RW", "RW"]
+        assert "stale" in volume.replicas()[0].error
+        assert await volume.read(0, 3) == b"new"
+
+
+async def test_replica_that_was_served_alone_is_never_taken_for_a_stale_one(
+    files: VolumeFiles,
+) -> None:
+    async with files.open(only=[0]) as volume:
+        await volume.write(0, b"one")
+    async with files.open(only=[1, 2]) as volume:
+        await volume.write(0, b"two")
+    for _ in range(3):  # what the first one has is now one of many opens
+        async with files.open(only=[1, 2]):
+            pass
+    with pytest.raises(ReplicaStale, match="each written without the other"):
+        async with files.open():
+            pass
+
+
+async def test_replica_that_cannot_note_its_repair_is_named_stale(
+    files: VolumeFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(directory: ReplicaDirectory) -> None:
+        if directory.path == files.paths[0]:
+            raise ReplicaIO(directory.path, "cannot write: No space left on device")
+
+    lost = generation_of(files.paths[0]).replica_id
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplicaDirectory, "note_repaired", refuse)
+        async with files.open() as volume:
+            assert modes(volume) == ["ERR", "RW", "RW"]
+            await volume.write(0, b"new")
+    assert lost not in generation_of(files.paths[1]).members
+    async with files.open() as volume:
+        assert modes(volume) == ["ERR", "RW", "RW"]
 
 
 async def test_replicas_written_apart_from_each_other_are_refused(files: VolumeFiles) -> None:
@@ -157,6 +210,7 @@ async def test_write_that_one_replica_missed_is_acknowledged_after_the_fence(
     files: VolumeFiles,
 ) -> None:
     async with files.open() as volume:
+        opened_with = volume.replicas()[0].generation
         with fault("store.write", errno.EIO):
             await volume.write(0, b"x" * BLOCK)
         # The write has returned, so the others know already.
@@ -164,7 +218,7 @@ async def test_write_that_one_replica_missed_is_acknowledged_after_the_fence(
         assert volume.state == "degraded"
         kept = [path for index, path in enumerate(files.paths) if index != lost]
         counters = [info.generation for info in volume.replicas() if info.mode == "RW"]
-        assert counters == [2, 2]
+        assert counters == [opened_with + 1] * 2
         assert volume.statistics().replicas_failed == 1
         assert await volume.read(0, BLOCK) == b"x" * BLOCK
         await volume.create_snapshot("s1")
@@ -218,6 +272,56 @@ async def test_survivor_that_cannot_record_the_fence_is_dropped_too(
         await volume.write(0, b"y" * BLOCK)
     generation = generation_of(Path(alive.address))
     assert generation.members == (generation.replica_id,)
+
+
+async def test_write_that_no_survivor_can_fence_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = await VolumeFiles.create(tmp_path, replicas=2, size_bytes=SIZE_BYTES)
+
+    def refuse(directory: ReplicaDirectory, generation: Generation) -> None:
+        raise ReplicaIO(directory.path, "cannot write its generation: No space left on device")
+
+    with trio.fail_after(30):
+        async with files.open() as volume:
+            monkeypatch.setattr(ReplicaDirectory, "write_generation", refuse)
+            with fault("store.write", errno.EIO), pytest.raises(VolumeError, match="output error"):
+                await volume.write(0, b"x" * BLOCK)
+            assert volume.state == "faulted"
+            # It is there on one replica, and a crash could take it back.
+            with pytest.raises(VolumeError, match="output error"):
+                await volume.read(0, BLOCK)
+
+
+async def test_flush_is_not_answered_when_a_snapshot_could_not_be_made_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = await VolumeFiles.create(tmp_path, replicas=1, size_bytes=SIZE_BYTES)
+    settling, fail = threading.Event(), threading.Event()
+
+    def refuse(pending: PendingHead) -> None:
+        settling.set()
+        fail.wait(30)
+        raise ReplicaIO(files.paths[0], "cannot make the switch durable: Input/output error")
+
+    monkeypatch.setattr(PendingHead, "settle", refuse)
+
+    async def take_snapshot(volume: Volume) -> None:
+        with pytest.raises(ReplicaIO, match="cannot make the switch durable"):
+            await volume.create_snapshot("s1")
+
+    async def flush(volume: Volume) -> None:
+        with pytest.raises(VolumeError, match="output error"):
+            await volume.flush()
+
+    with trio.fail_after(30):
+        async with files.open() as volume, trio.open_nursery() as nursery:
+            nursery.start_soon(take_snapshot, volume)
+            await trio.to_thread.run_sync(settling.wait)
+            nursery.start_soon(flush, volume)
+            while volume.statistics().io.in_flight == 0:
+                await trio.lowlevel.checkpoint()
+            fail.set()
 
 
 async def test_snapshot_that_one_replica_cannot_take_drops_that_replica(

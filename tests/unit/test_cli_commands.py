@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +229,29 @@ def test_an_adopted_replica_has_its_own_size(cli: Cli, tmp_path: Path) -> None:
     assert "2097152 bytes" in sentence
 
 
+def test_a_replica_belongs_to_one_volume(cli: Cli, tmp_path: Path) -> None:
+    replica = tmp_path / "r"
+    cli("volume", "create", "db", "--size", "1M", "--replica", str(replica))
+    link = tmp_path / "link"
+    link.symlink_to(replica)
+    for path in (replica, link):
+        sentence = cli.fails(2, "volume", "create", "web", "--replica", str(path))
+        assert "is a replica of volume db" in sentence
+    assert cli("volume", "rm", "db", "--yes").status == 0
+
+
+def test_replicas_of_a_volume_are_apart(cli: Cli, tmp_path: Path) -> None:
+    def create(*paths: str) -> str:
+        options = [item for path in paths for item in ("--replica", str(tmp_path / path))]
+        return cli.fails(2, "volume", "create", "db", "--size", "1M", *options)
+
+    (tmp_path / "link").symlink_to("r1")
+    assert "given twice" in create("r1", "link")
+    assert "is inside" in create("r1", "r1/sub")
+    assert "is inside" in create("r1/a/b", "r1")
+    assert not (tmp_path / "r1").exists()
+
+
 def test_a_damaged_record_is_listed_and_told(cli: Cli) -> None:
     cli("volume", "create", "db", "--size", "1M")
     (cli.data_dir / "volumes" / "db" / "volume.json").write_text("{")
@@ -349,6 +374,26 @@ def test_an_unexpected_error_is_one_sentence_and_debug_shows_the_trace(
     assert "Traceback" in cli("volume", "ls", "--debug").err
     monkeypatch.setenv("LHBLOCK_DEBUG", "1")
     assert "Traceback" in cli("volume", "ls").err
+
+
+def test_closed_standard_streams_are_no_files_of_ours(cli: Cli) -> None:
+    command = f"{sys.executable} -m lhblock --data-dir {cli.data_dir} volume create db --size 1M"
+    found = subprocess.run(
+        ["/bin/sh", "-c", f"{command} <&- >&- 2>&-"], check=False, capture_output=True
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (0, b"", b"")
+    written = [path for path in cli.data_dir.rglob("*") if path.is_file()]
+    assert written
+    assert not any(b"created db" in path.read_bytes() for path in written)
+
+
+def test_an_interrupt_is_status_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lhblock.instance._features.machine_features", interrupt)
+    outcome = cli("info")
+    assert (outcome.status, outcome.out, outcome.err.strip()) == (130, "", "")
 
 
 def test_a_data_directory_that_is_a_file_is_wrong_usage(cli: Cli) -> None:

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lhblock.errors import ReplicaForeign, ReplicaStale
-from lhblock.replica import Generation, HeadFingerprint, choose, new_set, supersede
+from lhblock.replica import (
+    OPENED,
+    UNSERVED,
+    Generation,
+    HeadFingerprint,
+    choose,
+    new_set,
+    supersede,
+)
 from lhblock.replica._generation import HISTORY_MAX
 from lhblock.replica._metadata import MalformedError
 
@@ -166,3 +174,22 @@ def test_a_copy_that_kept_whole_seconds_is_no_foreign_write() -> None:
     assert not before.matches(replace(before, mtime_ns=5_000_000_124))
     assert not before.matches(replace(before, mtime_ns=6_000_000_000))
     assert not before.matches(replace(before, blocks=16))
+
+
+def test_a_generation_that_was_never_served_may_be_missing_on_some() -> None:
+    one, _ = new_set(2, time=T, counter=UNSERVED)
+    assert choose(found(one, None)).newest == (0, 1)
+    served = leave([one])
+    with pytest.raises(ReplicaForeign, match=r"has no lhblock\.generation"):
+        choose(found(*served, None))
+
+
+def test_opening_often_does_not_push_a_split_out_of_the_history() -> None:
+    a, b = new_set(2, time=T)
+    (alone_a,), (alone_b,) = leave([a], b), leave([b], a)
+    for _ in range(2 * HISTORY_MAX):
+        (alone_a,) = supersede([alone_a], left=[], reason=OPENED, time=T)
+    assert len(alone_a.history) == 3
+    (alone_b,) = supersede([alone_b], left=[], reason=OPENED, time=T)
+    with pytest.raises(ReplicaStale, match="each written without the other"):
+        choose(found(alone_a, alone_b))

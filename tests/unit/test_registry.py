@@ -23,10 +23,13 @@ from lhblock.instance import (
     ReplicaRecord,
     VolumeRecord,
     answering_address,
+    create_volume,
     removable,
+    remove_dead_sockets,
     remove_replica,
     serving,
 )
+from lhblock.replica import ReplicaDirectory
 from lhblock.settings import DataDir
 
 
@@ -246,6 +249,64 @@ def test_a_control_socket_nobody_answers_on_counts_for_nothing(registry: Registr
     assert answering_address(registry.data_dir, "db") is None
 
 
+def test_a_directory_that_may_not_be_searched_is_held_by_nobody(
+    registry: Registry, tmp_path: Path
+) -> None:
+    # A name that is too long is refused for root, too, as a closed directory is for others.
+    closed = ReplicaRecord(tmp_path / ("x" * 300), "directory")
+    good = a_replica(tmp_path / "good")
+    record = replace(a_record(registry), replicas=(closed, good))
+    assert serving(registry.data_dir, record) is None
+    with (good.path / "lhblock.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert serving(registry.data_dir, record) is not None
+
+
+def test_only_sockets_of_dead_processes_are_removed(registry: Registry) -> None:
+    import socket
+
+    # Above the largest pid the kernel gives.
+    dead = registry.data_dir.control_socket(1 << 23)
+    answering = registry.data_dir.control_socket((1 << 23) + 1)
+    living = registry.data_dir.control_socket(os.getpid())
+    other = registry.data_dir.nbd_socket
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(answering))
+        listening.listen(1)
+        for path in (dead, living, other):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(str(path))
+        remove_dead_sockets(registry.data_dir)
+        assert not dead.exists()
+        assert all(path.exists() for path in (answering, living, other))
+
+
 def test_a_control_link_cannot_lead_elsewhere(registry: Registry, tmp_path: Path) -> None:
     registry.data_dir.control_link("db").symlink_to(tmp_path / "serve-1.sock")
     assert answering_address(registry.data_dir, "db") is None
+
+
+@pytest.mark.parametrize("given", [False, True])
+async def test_a_creation_that_was_killed_can_be_done_again(
+    registry: Registry, tmp_path: Path, *, given: bool
+) -> None:
+    path = tmp_path / "r0" if given else registry.data_dir.volume("db") / "replica"
+    path.mkdir(parents=True)
+    ReplicaDirectory.create(path, size_bytes=1 << 20)
+    (path / "volume.meta").unlink()  # it is written last
+    replicas = [path] if given else []
+    record = await create_volume(registry, "db", size_bytes=1 << 20, replicas=replicas)
+    assert [replica.made for replica in record.replicas] == ["files" if given else "directory"]
+    ReplicaDirectory.open(path).close()
+
+
+async def test_a_directory_with_something_else_is_no_killed_creation(
+    registry: Registry, tmp_path: Path
+) -> None:
+    path = tmp_path / "r0"
+    ReplicaDirectory.create(path, size_bytes=1 << 20)
+    (path / "volume.meta").unlink()
+    (path / "volume-head-000.img").write_bytes(b"data" * 1024)
+    with pytest.raises(ReplicaForeign, match="is not empty"):
+        await create_volume(registry, "db", size_bytes=1 << 20, replicas=[path])
+    assert (path / "volume-head-000.img").exists()

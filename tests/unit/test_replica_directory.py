@@ -363,11 +363,14 @@ def test_the_parent_in_the_heads_record_wins(path: Path) -> None:
     assert json.loads((path / "volume.meta").read_text())["Parent"] == "volume-snap-a.img"
 
 
-def test_a_short_head_is_extended(path: Path) -> None:
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_head_that_was_cut_short_is_refused_and_left_as_it_is(
+    path: Path, read_only: bool
+) -> None:
     os.truncate(path / "volume-head-000.img", 4096)
-    with ReplicaDirectory.open(path) as directory:
-        assert any("extended volume-head-000.img from 4096" in each for each in directory.cleaned)
-    assert (path / "volume-head-000.img").stat().st_size == SIZE
+    with pytest.raises(ReplicaDamaged, match=rf"has 4096 bytes and the volume {SIZE}.*truncate"):
+        ReplicaDirectory.open(path, read_only=read_only)
+    assert (path / "volume-head-000.img").stat().st_size == 4096
 
 
 def test_the_revision_counter_goes_because_longhorn_would_believe_a_stale_one(path: Path) -> None:

@@ -172,6 +172,8 @@ def test_options_win_over_variables_over_defaults(monkeypatch: pytest.MonkeyPatc
 def test_a_bad_option_and_a_bad_variable_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"--queues '65': .*64"):
         serve_settings(queues="65")
+    with pytest.raises(UsageError, match=r"--max-connections '0': .*1"):
+        serve_settings(connections_max="0")
     with pytest.raises(UsageError, match="--cache 'writethrough'"):
         serve_settings(cache="writethrough")
     monkeypatch.setenv("LHBLOCK_WORKERS", "many")
