@@ -68,6 +68,7 @@ $(STAMPS)/venv: pyproject.toml constraints.txt setup.py | packages
 venv: $(STAMPS)/venv  ## the virtual environment, from constraints.txt
 
 $(STAMPS)/native: $(NATIVE) $(STAMPS)/venv
+	@rm -f build/temp.*/liblhb.a  # or it keeps the objects of sources that are gone
 	$(BIN)/python setup.py -q build_clib build_ext --inplace
 	@touch $@
 

@@ -135,14 +135,17 @@ void lhb_store_close (lhb_store *store);
 uint64_t lhb_store_id (const lhb_store *store);
 /* Add the next newer layer (call oldest first; the last one added is the head
  * once lhb_store_start is called).  'discard' is the name of the layer's
- * discard file, which need not exist.  Blocking: reads the extent map.
+ * discard file, which need not exist: then unwritten extents of the layer are
+ * zeros, else they are what a power loss left, and nothing.  Blocking: reads
+ * the extent map.
  * Returns the layer id. */
 int lhb_store_add_layer (lhb_store *store, const char *image,
                          const char *discard);
 /* The chain is complete. Read-only stores have no head: every layer is read
- * through the map. */
+ * through the map.  A head without a discard file gets one. */
 int lhb_store_start (lhb_store *store);
-/* Make the next head ready (file exists, empty, right size); I/O goes on. */
+/* Make the next head ready (file exists, empty, right size), with a discard
+ * file; I/O goes on. */
 int lhb_store_prepare_head (lhb_store *store, const char *image,
                             const char *discard);
 void lhb_store_abandon_head (lhb_store *store);

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "lhb_engine.h"
+#include "lhb_layer_io.h"
 #include "lhb_map.h"
 
 struct lhb_layer {
@@ -17,6 +18,7 @@ struct lhb_layer {
   char discard_name[LHB_NAME_BYTES_MAX];
   _Atomic bool dirty;           /* has writes that no fdatasync covered */
   bool in_map;
+  bool adopted;                 /* by lhb_layer_adopt, since it was opened */
 };
 
 /* One waiter of a group commit; 'done' runs in a worker thread. */
@@ -51,6 +53,7 @@ struct lhb_store {
   /* An fdatasync failed: the kernel forgot dirty pages, so nothing written
    * before can be promised any more.  Never cleared. */
   _Atomic bool sync_failed;
+  _Atomic bool makes_zeros;     /* the file system can: FALLOC_FL_ZERO_RANGE */
 
   _Atomic uint64_t slow_until_ns;       /* buffered writes avoid the queue */
   _Atomic uint64_t outstanding_bytes;   /* reads at the driver */
@@ -109,9 +112,22 @@ void lhb_store_forget_layer (struct lhb_store *store, int id);
  * descriptor or -errno.  'flags' are added ones. */
 int lhb_store_open_file (struct lhb_store *store, const char *name, int flags);
 
-/* Discard bits of a layer (discard.c).  Set is durable when it returns. */
-int lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer,
-                      bool create);
+/* A layer with a discard file is ours: only what was written there is data,
+ * for a power loss leaves space of writes that did not reach the disk.  In a
+ * layer of another program such space is data, too: zeros (adopt.c). */
+int lhb_layer_data_kind (struct lhb_store *store, struct lhb_layer *layer,
+                         enum lhb_extent_kind *kind_out);
+/* Before the first write to a layer: it becomes ours, with a discard bit for
+ * each block of unwritten space.  If it is ours, unwritten space without a bit
+ * is given back.  Afterwards any extent of it is data.  Durable. */
+int lhb_layer_adopt (struct lhb_store *store, struct lhb_layer *layer);
+
+/* Discard bits of a layer (discard.c).  Set is durable when it returns; the
+ * layer is adopted before.  Open: -ENOENT when there is no file. */
+int lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer);
+/* Make the file, with a bit for each block of 'kind'. */
+int lhb_discard_create (struct lhb_store *store, struct lhb_layer *layer,
+                        enum lhb_extent_kind kind);
 int lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
                      uint64_t block, uint64_t blocks);
 /* The next run of set bits at or after 'block' and before 'end': 1 and the

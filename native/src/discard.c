@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -59,31 +60,16 @@ write_window (struct lhb_store *store, int fd, uint64_t byte,
   return 0;
 }
 
-/* Open the layer's discard file if it exists, or make it.  A new file is
- * durable in its directory when this returns. */
 int
-lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer,
-                  bool create)
+lhb_discard_open (struct lhb_store *store, struct lhb_layer *layer)
 {
   int fd;
 
   if (layer->discard_fd >= 0)
     return 0;
   if (layer->discard_name[0] == '\0')
-    return create ? -EINVAL : -ENOENT;
+    return -ENOENT;
   fd = lhb_store_open_file (store, layer->discard_name, 0);
-  if (fd == -ENOENT && create)
-    {
-      fd = lhb_store_open_file (store, layer->discard_name,
-                                O_CREAT | O_EXCL);
-      if (fd >= 0 && fsync (store->dir_fd) == -1)
-        {
-          int err = -errno;
-
-          close (fd);
-          return err;
-        }
-    }
   if (fd < 0)
     return fd;
   layer->discard_fd = fd;
@@ -121,18 +107,16 @@ set_bits (uint8_t *window, uint64_t first, uint64_t last)
   return changed;
 }
 
-int
-lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
-                 uint64_t block, uint64_t blocks)
+/* Set bits of a file; '*changed_io' becomes true if any was clear. */
+static int
+set_in_file (struct lhb_store *store, int fd, uint64_t block, uint64_t blocks,
+             bool *changed_io)
 {
   uint8_t window[WINDOW_BYTES];
   const uint64_t window_bits = (uint64_t) WINDOW_BYTES * 8;
   uint64_t end = block + blocks;
-  bool changed = false;
-  int err;
+  int err = 0;
 
-  pthread_mutex_lock (&store->discard_lock);
-  err = lhb_discard_open (store, layer, true);
   while (err == 0 && block < end)
     {
       uint64_t base = block / window_bits * window_bits;
@@ -141,16 +125,95 @@ lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
       uint64_t last_byte = (stop - 1 - base) / 8;
       size_t length = (size_t) (last_byte - first_byte + 1);
 
-      err = read_window (layer->discard_fd, base / 8 + first_byte,
-                         window + first_byte, length);
+      err = read_window (fd, base / 8 + first_byte, window + first_byte,
+                         length);
       if (err == 0 && set_bits (window, block - base, stop - 1 - base))
         {
-          err = write_window (store, layer->discard_fd, base / 8 + first_byte,
+          err = write_window (store, fd, base / 8 + first_byte,
                               window + first_byte, length);
-          changed = true;
+          *changed_io = true;
         }
       block = stop;
     }
+  return err;
+}
+
+struct marking {
+  struct lhb_store *store;
+  int fd;
+};
+
+static int64_t
+mark_extent (void *context, uint64_t block, uint64_t blocks)
+{
+  struct marking *marking = context;
+  bool changed = false;
+
+  return set_in_file (marking->store, marking->fd, block, blocks, &changed);
+}
+
+/* Give a file without a name that of the layer's discards, durably. */
+static int
+publish (struct lhb_store *store, struct lhb_layer *layer, int fd)
+{
+  char path[32];
+
+  (void) snprintf (path, sizeof path, "/proc/self/fd/%d", fd);
+  if (fsync (fd) == -1
+      || linkat (AT_FDCWD, path, store->dir_fd, layer->discard_name,
+                 AT_SYMLINK_FOLLOW)
+             == -1)
+    return -errno;
+  if (fsync (store->dir_fd) == -1)
+    {
+      int err = -errno;
+
+      (void) unlinkat (store->dir_fd, layer->discard_name, 0);
+      return err;
+    }
+  return 0;
+}
+
+/* That the file is there says that its bits are complete: it gets its name
+ * when they are. */
+int
+lhb_discard_create (struct lhb_store *store, struct lhb_layer *layer,
+                    enum lhb_extent_kind kind)
+{
+  struct marking marking = { .store = store };
+  int64_t err;
+
+  if (layer->discard_name[0] == '\0')
+    return -EINVAL;
+  marking.fd
+      = openat (store->dir_fd, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0644);
+  if (marking.fd == -1)
+    return -errno;
+  err = lhb_layer_for_each_extent (atomic_load (&layer->fd), kind, 0,
+                                   layer->size_bytes >> LHB_BLOCK_SHIFT,
+                                   mark_extent, &marking);
+  pthread_mutex_lock (&store->discard_lock);
+  if (err == 0)
+    err = publish (store, layer, marking.fd);
+  if (err == 0)
+    layer->discard_fd = marking.fd;
+  else
+    close (marking.fd);
+  pthread_mutex_unlock (&store->discard_lock);
+  return (int) err;
+}
+
+int
+lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
+                 uint64_t block, uint64_t blocks)
+{
+  bool changed = false;
+  int err;
+
+  pthread_mutex_lock (&store->discard_lock);
+  err = lhb_discard_open (store, layer);
+  if (err == 0)
+    err = set_in_file (store, layer->discard_fd, block, blocks, &changed);
   if (err == 0 && changed && fdatasync (layer->discard_fd) == -1)
     err = -errno;
   pthread_mutex_unlock (&store->discard_lock);
@@ -169,7 +232,7 @@ lhb_discard_next (struct lhb_store *store, struct lhb_layer *layer,
   int err;
 
   pthread_mutex_lock (&store->discard_lock);
-  err = lhb_discard_open (store, layer, false);
+  err = lhb_discard_open (store, layer);
   if (err == -ENOENT)
     {
       pthread_mutex_unlock (&store->discard_lock);
@@ -224,14 +287,12 @@ lhb_discard_copy (struct lhb_store *source_store, struct lhb_layer *source,
   int changed = 0, err;
   off_t byte, size;
 
-  err = lhb_discard_open (source_store, source, false);
+  err = lhb_discard_open (source_store, source);
   if (err && err != -ENOENT)
     return err;
   if (err == 0 && fstat (source->discard_fd, &source_st) == -1)
     return -errno;
-  err = lhb_discard_open (target_store, target, source_st.st_size > 0);
-  if (err == -ENOENT)
-    return 0;
+  err = lhb_discard_open (target_store, target);
   if (err)
     return err;
   if (fstat (target->discard_fd, &target_st) == -1)

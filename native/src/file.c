@@ -15,6 +15,7 @@
 
 #include "lhb_crc64.h"
 #include "lhb_contract.h"
+#include "lhb_layer_io.h"
 
 #define FILE_FIEMAP_BATCH 512           /* extents of one ioctl, 28 KiB */
 #define FILE_CRC_EXTENTS 512            /* extents of one turn of a checksum */
@@ -30,6 +31,7 @@ struct file_gather {
   struct lhb_extent *extents;
   uint32_t count, max;
   uint64_t start_bytes, end_bytes;      /* nothing outside is reported */
+  enum lhb_extent_kind kind;            /* nothing else is reported */
   struct lhb_extent pending;            /* may still grow; empty at first */
 };
 
@@ -105,8 +107,16 @@ gather_add (struct file_gather *gather, uint64_t start_bytes,
 {
   struct lhb_extent *pending = &gather->pending;
 
-  start_bytes = block_down (start_bytes);
-  end_bytes = block_up (end_bytes);
+  if (gather->kind == LHB_EXTENTS_UNWRITTEN_WHOLE)
+    {
+      start_bytes = block_up (start_bytes);
+      end_bytes = block_down (end_bytes);
+    }
+  else
+    {
+      start_bytes = block_down (start_bytes);
+      end_bytes = block_up (end_bytes);
+    }
   if (start_bytes < gather->start_bytes)
     start_bytes = gather->start_bytes;
   if (end_bytes > gather->end_bytes)
@@ -132,6 +142,17 @@ gather_add (struct file_gather *gather, uint64_t start_bytes,
   return true;
 }
 
+/* Data that waits in the page cache counts as written. */
+static bool
+gather_wants (const struct file_gather *gather, uint32_t flags)
+{
+  bool unwritten = (flags & FIEMAP_EXTENT_UNWRITTEN) != 0
+                   && (flags & FIEMAP_EXTENT_DELALLOC) == 0;
+
+  return gather->kind == LHB_EXTENTS_ANY
+         || unwritten == (gather->kind != LHB_EXTENTS_WRITTEN);
+}
+
 /* Add one ioctl's answer.  '*position_io' moves behind its last extent.
  * Returns 1 when there is nothing more to ask for, 0 to go on.
  */
@@ -151,8 +172,10 @@ gather_batch (struct file_gather *gather, const struct file_fiemap *map,
           || extent_end > INT64_MAX || extent_end <= position)
         return -EIO;
       position = extent_end;
-      if (!gather_add (gather, extent->fe_logical, extent_end)
-          || (extent->fe_flags & FIEMAP_EXTENT_LAST))
+      if (gather_wants (gather, extent->fe_flags)
+          && !gather_add (gather, extent->fe_logical, extent_end))
+        return 1;
+      if (extent->fe_flags & FIEMAP_EXTENT_LAST)
         return 1;
     }
   *position_io = position;
@@ -164,10 +187,11 @@ gather_batch (struct file_gather *gather, const struct file_fiemap *map,
  * of the last byte of the file: preallocation behind it is not content.
  */
 int
-lhb_file_extents (int fd, uint64_t offset_bytes,
-                  struct lhb_extent *extents_out, uint32_t max)
+lhb_file_extents_of (int fd, enum lhb_extent_kind kind, uint64_t offset_bytes,
+                     struct lhb_extent *extents_out, uint32_t max)
 {
-  struct file_gather gather = { .extents = extents_out, .max = max };
+  struct file_gather gather
+      = { .extents = extents_out, .max = max, .kind = kind };
   struct file_fiemap map;
   uint64_t size_bytes = 0, position;
   int result;
@@ -191,6 +215,14 @@ lhb_file_extents (int fd, uint64_t offset_bytes,
   if (gather.count < max)
     gather_flush (&gather);
   return (int) gather.count;
+}
+
+int
+lhb_file_extents (int fd, uint64_t offset_bytes,
+                  struct lhb_extent *extents_out, uint32_t max)
+{
+  return lhb_file_extents_of (fd, LHB_EXTENTS_ANY, offset_bytes, extents_out,
+                              max);
 }
 
 /* Read [offset, offset+length) into the running value.  Reads start and end on

@@ -10,8 +10,9 @@
 #include "lhb_limits.h"
 
 int64_t
-lhb_layer_for_each_extent (int fd, uint64_t block, uint64_t end,
-                           lhb_extent_visitor visit, void *context)
+lhb_layer_for_each_extent (int fd, enum lhb_extent_kind kind, uint64_t block,
+                           uint64_t end, lhb_extent_visitor visit,
+                           void *context)
 {
   struct lhb_extent extents[LHB_EXTENTS_BATCH];
   int64_t total = 0;
@@ -19,8 +20,8 @@ lhb_layer_for_each_extent (int fd, uint64_t block, uint64_t end,
 
   do
     {
-      count = lhb_file_extents (fd, block << LHB_BLOCK_SHIFT, extents,
-                                LHB_EXTENTS_BATCH);
+      count = lhb_file_extents_of (fd, kind, block << LHB_BLOCK_SHIFT,
+                                   extents, LHB_EXTENTS_BATCH);
       if (count < 0)
         return count;
       for (int i = 0; i < count; i++)

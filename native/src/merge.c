@@ -8,8 +8,9 @@
  *         blocks of 'lower', and it hides them, so any crash leaves a valid
  *         chain, too; at the end 'lower' takes the place of 'upper'.
  *
- * A block belongs to a layer if the layer's file has an extent there or its
- * discard bit is set; data wins over the bit.
+ * A block belongs to a layer if the layer's file has data there or its discard
+ * bit is set; data wins over the bit.  Both layers are adopted first, so that
+ * any extent of them is data.
  */
 
 #include <assert.h>
@@ -84,6 +85,14 @@ merge_begin (struct merge *merge, uint64_t offset_bytes, uint64_t length_bytes)
   return merge->buffer == NULL ? -ENOMEM : 0;
 }
 
+static int
+adopt_both (struct merge *merge)
+{
+  int err = lhb_layer_adopt (merge->store, merge->lower);
+
+  return err ? err : lhb_layer_adopt (merge->store, merge->upper);
+}
+
 static void
 merge_end (struct merge *merge)
 {
@@ -155,8 +164,9 @@ fill_frozen (struct merge *merge, uint64_t block, uint64_t blocks)
   assert (blocks <= LHB_SLICE_BLOCKS);
   do
     {
-      r = lhb_file_extents (upper_fd, at << LHB_BLOCK_SHIFT, extents,
-                            LHB_EXTENTS_BATCH);
+      r = lhb_file_extents_of (upper_fd, LHB_EXTENTS_WRITTEN,
+                               at << LHB_BLOCK_SHIFT, extents,
+                               LHB_EXTENTS_BATCH);
       for (int i = 0; i < r; i++)
         {
           first = extents[i].offset_bytes >> LHB_BLOCK_SHIFT;
@@ -265,11 +275,14 @@ lhb_merge_up (lhb_volume *volume, lhb_store *store, int lower, int upper,
 
   if (err)
     return err;
-  copied = grow_to (merge.upper, merge.lower->size_bytes);
+  copied = adopt_both (&merge);
+  if (copied == 0)
+    copied = grow_to (merge.upper, merge.lower->size_bytes);
+  /* Also space that is zeros by its bit: the map may lead there. */
   if (copied == 0)
     copied = lhb_layer_for_each_extent (atomic_load (&merge.lower->fd),
-                                        merge.block, merge.end, fill_extent,
-                                        &merge);
+                                        LHB_EXTENTS_ANY, merge.block,
+                                        merge.end, fill_extent, &merge);
   /* Durable in 'upper' before it is freed in 'lower'.  The data first: where
    * 'lower' has a block that it had discarded before, its bit alone in 'upper'
    * would show zeros after a power loss. */
@@ -331,13 +344,15 @@ lhb_merge_down (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
 
   if (err)
     return err;
-  copied = grow_to (merge.lower, merge.upper->size_bytes);
+  copied = adopt_both (&merge);
+  if (copied == 0)
+    copied = grow_to (merge.lower, merge.upper->size_bytes);
   if (copied == 0)
     copied = punch_discarded (&merge);
   if (copied == 0)
     copied = lhb_layer_for_each_extent (atomic_load (&merge.upper->fd),
-                                        merge.block, merge.end, copy_down,
-                                        &merge);
+                                        LHB_EXTENTS_WRITTEN, merge.block,
+                                        merge.end, copy_down, &merge);
   atomic_store (&merge.lower->dirty, true);
   merge_end (&merge);
   return copied;
@@ -423,6 +438,7 @@ lhb_merge_prune (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
                  uint64_t length_bytes)
 {
   struct prune *prune = calloc (1, sizeof *prune);
+  enum lhb_extent_kind kind;
   struct merge *merge;
   int64_t freed;
 
@@ -435,9 +451,11 @@ lhb_merge_prune (lhb_store *store, int lower, int upper, uint64_t offset_bytes,
   freed = merge_begin (merge, offset_bytes, length_bytes);
   if (freed == 0)
     {
-      freed = lhb_layer_for_each_extent (atomic_load (&merge->upper->fd),
-                                         merge->block, merge->end,
-                                         mark_hidden, prune);
+      freed = lhb_layer_data_kind (store, merge->upper, &kind);
+      if (freed == 0)
+        freed = lhb_layer_for_each_extent (atomic_load (&merge->upper->fd),
+                                           kind, merge->block, merge->end,
+                                           mark_hidden, prune);
       /* What was found must be durable before what it hides goes.  A write
        * that just ended may not have marked the head dirty yet. */
       if (freed == 0)
@@ -498,6 +516,7 @@ lhb_store_replace_layer (lhb_volume *volume, lhb_store *store, int lower,
     close (to->discard_fd);
   to->discard_fd = from->discard_fd;
   from->discard_fd = -1;
+  to->adopted = from->adopted;
   pthread_mutex_unlock (&store->discard_lock);
   if (err == 0)
     lhb_store_forget_layer (store, lower);

@@ -35,43 +35,43 @@ copy_if_different (struct reconcile *r, uint64_t block, uint64_t blocks)
   return err ? err : changed;
 }
 
-/* Space for a part of the target that has holes: what compared equal to zeros
- * must become data, for it hides what older layers have.  Returns how much of
- * it that changed. */
+/* What compared equal to zeros and is not data of the target is written, for
+ * it hides what older layers have.  'want' holds the slice.  Returns how much
+ * of it that changed. */
 static int64_t
-fill_holes (int fd, uint64_t block, uint64_t blocks)
+fill_holes (struct reconcile *r, uint64_t block, uint64_t blocks)
 {
-  struct lhb_extent extents[LHB_EXTENTS_BATCH];
+  struct lhb_extent extent;
   uint64_t at = block, end = block + blocks;
-  int64_t holes = (int64_t) blocks;
-  int count;
+  int64_t filled = 0;
 
-  do
+  while (at < end)
     {
-      count = lhb_file_extents (fd, at << LHB_BLOCK_SHIFT, extents,
-                                LHB_EXTENTS_BATCH);
+      uint64_t first = end, stop = end;
+      int err;
+      int count = lhb_file_extents_of (r->target_fd, LHB_EXTENTS_WRITTEN,
+                                       at << LHB_BLOCK_SHIFT, &extent, 1);
+
       if (count < 0)
         return count;
-      for (int i = 0; i < count; i++)
+      if (count == 1)
         {
-          uint64_t first = extents[i].offset_bytes >> LHB_BLOCK_SHIFT;
-          uint64_t stop
-              = first + (extents[i].length_bytes >> LHB_BLOCK_SHIFT);
-
-          at = stop;
-          stop = stop < end ? stop : end;
-          if (first < stop)
-            holes -= (int64_t) (stop - first);
+          first = extent.offset_bytes >> LHB_BLOCK_SHIFT;
+          stop = first + (extent.length_bytes >> LHB_BLOCK_SHIFT);
         }
+      first = first < end ? first : end;
+      if (first > at)
+        {
+          err = lhb_layer_transfer (
+              r->target_fd, r->want + ((at - block) << LHB_BLOCK_SHIFT), at,
+              first - at, true);
+          if (err)
+            return err;
+          filled += (int64_t) ((first - at) << LHB_BLOCK_SHIFT);
+        }
+      at = stop > first ? stop : end;
     }
-  while (count == LHB_EXTENTS_BATCH && at < end);
-  if (holes > 0
-      && fallocate (fd, FALLOC_FL_KEEP_SIZE,
-                    (off_t) (block << LHB_BLOCK_SHIFT),
-                    (off_t) (blocks << LHB_BLOCK_SHIFT))
-             == -1)
-    return -errno;
-  return holes << LHB_BLOCK_SHIFT;
+  return filled;
 }
 
 /* The blocks of an extent of the source: equal in the target, and extents
@@ -87,7 +87,7 @@ match_extent (void *context, uint64_t block, uint64_t blocks)
       uint64_t count = blocks < LHB_SLICE_BLOCKS ? blocks : LHB_SLICE_BLOCKS;
       int64_t changed = copy_if_different (r, block, count);
       int64_t filled
-          = changed < 0 ? changed : fill_holes (r->target_fd, block, count);
+          = changed < 0 ? changed : fill_holes (r, block, count);
 
       if (filled < 0)
         return filled;
@@ -100,6 +100,7 @@ match_extent (void *context, uint64_t block, uint64_t blocks)
 
 struct punch_gaps {
   int source_fd, target_fd;
+  enum lhb_extent_kind source_kind;
 };
 
 /* The part of a target extent that the source has not, goes. */
@@ -113,8 +114,8 @@ punch_surplus (void *context, uint64_t block, uint64_t blocks)
 
   while (block < end)
     {
-      int count = lhb_file_extents (gaps->source_fd, block << LHB_BLOCK_SHIFT,
-                                    &extent, 1);
+      int count = lhb_file_extents_of (gaps->source_fd, gaps->source_kind,
+                                       block << LHB_BLOCK_SHIFT, &extent, 1);
       uint64_t first = end, stop = end;
       int err;
 
@@ -149,10 +150,15 @@ lhb_store_reconcile (lhb_store *source, int source_layer, lhb_store *target,
   struct punch_gaps gaps;
   uint64_t blocks;
   int64_t changed, surplus = 0;
-  int bits = 0;
+  int bits = 0, err;
 
   if (from == NULL || to == NULL || from->size_bytes != to->size_bytes)
     return -EINVAL;
+  err = lhb_layer_data_kind (source, from, &gaps.source_kind);
+  if (err == 0)
+    err = lhb_layer_adopt (target, to);
+  if (err)
+    return err;
   blocks = from->size_bytes >> LHB_BLOCK_SHIFT;
   gaps.source_fd = r.source_fd = atomic_load (&from->fd);
   gaps.target_fd = r.target_fd = atomic_load (&to->fd);
@@ -160,13 +166,13 @@ lhb_store_reconcile (lhb_store *source, int source_layer, lhb_store *target,
   r.have = aligned_alloc (LHB_BLOCK_BYTES, LHB_SLICE_BLOCKS * LHB_BLOCK_BYTES);
   changed = r.want == NULL || r.have == NULL ? -ENOMEM : 0;
   if (changed == 0)
-    changed = lhb_layer_for_each_extent (r.source_fd, 0, blocks, match_extent,
-                                         &r);
+    changed = lhb_layer_for_each_extent (r.source_fd, gaps.source_kind, 0,
+                                         blocks, match_extent, &r);
   if (changed >= 0)
     bits = lhb_discard_copy (source, from, target, to);
   if (changed >= 0 && bits >= 0)
-    surplus = lhb_layer_for_each_extent (gaps.target_fd, 0, blocks,
-                                         punch_surplus, &gaps);
+    surplus = lhb_layer_for_each_extent (gaps.target_fd, LHB_EXTENTS_ANY, 0,
+                                         blocks, punch_surplus, &gaps);
   free (r.want);
   free (r.have);
   if (changed < 0)

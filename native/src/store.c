@@ -75,6 +75,7 @@ close_layer (struct lhb_store *store, struct lhb_layer *layer)
   layer->discard_fd = -1;
   layer->discard_name[0] = '\0';
   layer->in_map = false;
+  layer->adopted = false;
   atomic_store (&layer->dirty, false);
   pthread_mutex_unlock (&store->syncing);
 }
@@ -196,8 +197,11 @@ map_layer (struct lhb_store *store, int id, bool is_head)
   struct lhb_layer *layer = &store->layers[id];
   struct lhb_extent extents[EXTENTS_BATCH];
   uint64_t offset = 0, block = 0, first, count;
-  int r;
+  enum lhb_extent_kind kind;
+  int r = lhb_layer_data_kind (store, layer, &kind);
 
+  if (r)
+    return r;
   while ((r = lhb_discard_next (store, layer, block, blocks, &first, &count))
          == 1)
     {
@@ -212,8 +216,8 @@ map_layer (struct lhb_store *store, int id, bool is_head)
     {
       r = lhb_fault (LHB_FAULT_STORE_FIEMAP, store->id);
       if (r == 0)
-        r = lhb_file_extents (atomic_load (&layer->fd), offset, extents,
-                              EXTENTS_BATCH);
+        r = lhb_file_extents_of (atomic_load (&layer->fd), kind, offset,
+                                 extents, EXTENTS_BATCH);
       if (r < 0)
         return r;
       for (int i = 0; i < r; i++)
@@ -287,7 +291,9 @@ lhb_store_start (lhb_store *store)
     return -EINVAL;
   if (has_head && store->layers[store->newest].size_bytes != store->size_bytes)
     return -EINVAL;
-  err = map_newest (store, has_head);
+  err = has_head ? lhb_layer_adopt (store, &store->layers[store->newest]) : 0;
+  if (err == 0)
+    err = map_newest (store, has_head);
   if (err == 0 && has_head)
     store->head = store->newest;
   return err;
@@ -297,13 +303,19 @@ int
 lhb_store_prepare_head (lhb_store *store, const char *image,
                         const char *discard)
 {
-  int id;
+  int id, err;
 
   if (store->prepared != 0)
     return -EBUSY;
   id = open_layer (store, image, discard);
   if (id < 0)
     return id;
+  err = lhb_layer_adopt (store, &store->layers[id]);
+  if (err)
+    {
+      close_layer (store, &store->layers[id]);
+      return err;
+    }
   store->prepared = (uint8_t) id;
   return 0;
 }

@@ -201,6 +201,39 @@ change_space (struct lhb_store *store, int mode, uint64_t block,
   return err;
 }
 
+/* Whether the file system makes zeros by itself, tried behind the end of the
+ * head: discard bits are set before zeros are made, and not for nothing. */
+static int
+try_zero_range (struct lhb_store *store)
+{
+  uint64_t end = store->size_bytes >> LHB_BLOCK_SHIFT;
+  int err;
+
+  if (store->makes_zeros)
+    return 0;
+  err = change_space (store, FALLOC_FL_ZERO_RANGE, end, 1);
+  if (err == 0)
+    {
+      err = change_space (store, FALLOC_FL_PUNCH_HOLE, end, 1);
+      store->makes_zeros = err == 0;
+    }
+  return err;
+}
+
+/* Space that is zeros although it is not written.  The bits say so after a
+ * restart, and come first as those of a TRIM do. */
+static int
+make_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks)
+{
+  int err = try_zero_range (store);
+
+  if (err == 0)
+    err = lhb_discard_set (store, &store->layers[store->head], block, blocks);
+  if (err == 0)
+    err = change_space (store, FALLOC_FL_ZERO_RANGE, block, blocks);
+  return err;
+}
+
 static int
 allocate_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks,
                 uint32_t io_flags)
@@ -209,7 +242,7 @@ allocate_zeros (struct lhb_store *store, uint64_t block, uint64_t blocks,
 
   if (err)
     return err;
-  err = change_space (store, FALLOC_FL_ZERO_RANGE, block, blocks);
+  err = make_zeros (store, block, blocks);
   if (err == -EOPNOTSUPP && (io_flags & LHB_IO_FAST_ZERO) == 0)
     err = write_zero_blocks (store, block, blocks);
   if (err == 0)

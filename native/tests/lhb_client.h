@@ -57,6 +57,8 @@ client_send_bytes (struct client *client, const void *data, size_t length)
     {
       ssize_t sent = send (client->fd, at, length, MSG_NOSIGNAL);
 
+      if (sent == -1 && errno == EINTR)
+        continue;
       CHECK (sent > 0);
       at += sent;
       length -= (size_t) sent;
@@ -72,6 +74,8 @@ client_receive_bytes (struct client *client, void *data, size_t length)
     {
       ssize_t got = recv (client->fd, at, length, 0);
 
+      if (got == -1 && errno == EINTR)
+        continue;
       CHECK (got > 0);
       at += got;
       length -= (size_t) got;

@@ -602,6 +602,80 @@ prune_syncs_what_hides_before_it_frees (void)
   close_rig (&m);
 }
 
+/* ---- Unwritten space. */
+
+/* Layers 0 to 2: 'b', the lower one and the upper one of a merge.  Each of the
+ * two has space in eight of 32 blocks, which is zeros in one of another
+ * program and nothing in ours. */
+static void
+check_unwritten (lhb_engine *engine, int ours, bool up)
+{
+  enum { COUNT = 32 };
+  static const char *const chain[] = { "l0", "l1", "l2", "l3", NULL };
+  static const char *const short_chain[] = { "l0", "l1", "l2", NULL };
+  static const char *const merged_up[] = { "l0", "l2", NULL };
+  static const char *const merged_down[] = { "l0", "l1", NULL };
+  char *model = blocks_alloc (COUNT);
+  struct replica replica;
+  lhb_store *store;
+  int fd;
+
+  replica_make (&replica);
+  for (int layer = 0; layer < 4; layer++)
+    replica_image (&replica, chain[layer], COUNT * BLOCK);
+  replica_fill (&replica, "l0", 0, COUNT, 'b');
+  memset (model, 'b', COUNT * BLOCK);
+  for (int layer = 1; layer <= 2; layer++)
+    {
+      bool is_ours = ours & layer;
+      uint64_t block = (uint64_t) layer * 8;
+
+      fd = replica_open_image (&replica, chain[layer]);
+      CHECK_EQUAL (fallocate (fd, FALLOC_FL_KEEP_SIZE, (off_t) (block * BLOCK),
+                              8 * BLOCK),
+                   0);
+      close (fd);
+      replica_fill (&replica, chain[layer], 0, 2, 'A' + layer);
+      if (is_ours)
+        close (openat (replica.fd, layer == 1 ? "discard.l1" : "discard.l2",
+                       O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+      else
+        memset (model + block * BLOCK, 0, 8 * BLOCK);
+    }
+  memset (model, 'C', 2 * BLOCK);
+  replica_check (engine, &replica, short_chain, model, COUNT);
+  store = store_open (engine, &replica, COUNT * BLOCK, 0, chain);
+  if (up)
+    {
+      CHECK (lhb_merge_up (NULL, store, 2, 3, 0, COUNT * BLOCK) >= 0);
+      store_check (store, model, COUNT);
+      CHECK_EQUAL (lhb_store_drop_layer (NULL, store, 2), 0);
+    }
+  else
+    {
+      CHECK (lhb_merge_down (store, 2, 3, 0, COUNT * BLOCK) >= 0);
+      store_check (store, model, COUNT);
+      CHECK_EQUAL (lhb_merge_down_finish (store, 2, 3), 0);
+      CHECK_EQUAL (lhb_store_replace_layer (NULL, store, 2, 3), 0);
+    }
+  store_check (store, model, COUNT);
+  lhb_store_close (store);
+  replica_check (engine, &replica, up ? merged_up : merged_down, model, COUNT);
+  replica_remove (&replica);
+  free (model);
+}
+
+static void
+unwritten_space_merges_as_what_it_is_in_each_layer (void)
+{
+  lhb_engine *engine = engine_make (LHB_DRIVER_POOL, 1);
+
+  for (int ours = 0; ours < 4; ours++)
+    for (int up = 0; up < 2; up++)
+      check_unwritten (engine, ours, up);
+  lhb_engine_close (engine);
+}
+
 static const struct lhb_test tests[] = {
   LHB_TEST (merge_up_changes_no_snapshot_at_any_step),
   LHB_TEST (merge_down_changes_no_snapshot_at_any_step),
@@ -616,6 +690,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (prune_beside_a_client_loses_nothing),
   LHB_TEST (prune_below_the_head_spares_what_a_failed_write_left),
   LHB_TEST (prune_syncs_what_hides_before_it_frees),
+  LHB_TEST (unwritten_space_merges_as_what_it_is_in_each_layer),
 };
 
 LHB_TEST_MAIN (tests)

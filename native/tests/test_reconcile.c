@@ -1,9 +1,9 @@
 /* Reconcile: a layer becomes equal to another in data, holes and discards.
  *
  * Every combination of what source and target can have of a block is there: a
- * hole, zeros that were written, zeros that were only allocated, or data, each
- * with or without a discard bit.  Below both lies a layer of 'b', so a hole
- * that ought to be zeros shows.
+ * hole, zeros that were written, space that a power loss left unwritten, or
+ * data, each with or without a discard bit.  Below both lies a layer of 'b', so
+ * a hole that ought to be zeros shows.
  */
 
 #include "lhb_replica.h"
@@ -98,7 +98,7 @@ make_model (void)
 
       if (k.content == DATA)
         memset (model + block * BLOCK, 's', BLOCK);
-      else if (k.content == HOLE && !k.discarded)
+      else if (k.content != ZEROS && !k.discarded)
         memset (model + block * BLOCK, 'b', BLOCK);
     }
   return model;
@@ -159,7 +159,8 @@ check_same_extents (struct pair *pair)
   int a = replica_open_image (&pair->source, "head");
   int b = replica_open_image (&pair->target, "head");
   struct lhb_extent want[BLOCKS], got[BLOCKS];
-  int count = lhb_file_extents (a, 0, want, BLOCKS);
+  int count
+      = lhb_file_extents_of (a, LHB_EXTENTS_WRITTEN, 0, want, BLOCKS);
 
   CHECK (count > 0);
   CHECK_EQUAL (lhb_file_extents (b, 0, got, BLOCKS), count);
@@ -232,13 +233,14 @@ long_layers_become_equal (void)
   close_pair (&pair);
 }
 
-/* Space that was only allocated is a change like any other: it is counted, so
- * that it is synced. */
+/* Of another program, space is zeros: those that compare equal are written, so
+ * that they are data of the target, too, and counted, so that it is synced. */
 static void
-allocating_a_hole_is_a_change (void)
+space_of_a_foreign_layer_is_written_as_zeros (void)
 {
   struct pair pair = { .engine = engine_make (LHB_DRIVER_POOL, 1) };
-  int fd;
+  char *want = blocks_alloc (BLOCKS);
+  int fd, side;
 
   replica_make (&pair.source);
   replica_make (&pair.target);
@@ -247,14 +249,26 @@ allocating_a_hole_is_a_change (void)
       replica_image (&pair.source, chain[layer], SIZE);
       replica_image (&pair.target, chain[layer], SIZE);
     }
-  fd = replica_open_image (&pair.source, "head");
+  replica_image (&pair.source, "foreign", SIZE);
+  replica_fill (&pair.target, "base", 0, BLOCKS, 'b');
+  fd = replica_open_image (&pair.source, "foreign");
   CHECK_EQUAL (fallocate (fd, FALLOC_FL_KEEP_SIZE, 5 * BLOCK, 3 * BLOCK), 0);
+  close (fd);
+  fd = replica_open_image (&pair.target, "head");
+  CHECK_EQUAL (fallocate (fd, FALLOC_FL_KEEP_SIZE, 7 * BLOCK, 3 * BLOCK), 0);
   close (fd);
   replica_fill (&pair.target, "head", 6, 1, 0);
   open_stores (&pair, 0);
-  CHECK_EQUAL (reconcile_heads (&pair), 2 * BLOCK);
-  check_same_extents (&pair);
-  CHECK_EQUAL (reconcile_heads (&pair), 0);
+  side = lhb_store_add_side_layer (pair.from, "foreign", "discard.foreign");
+  CHECK (side > 0);
+  CHECK (lhb_store_reconcile (pair.from, side, pair.to, pair.to->head) > 0);
+  CHECK_EQUAL (
+      lhb_store_reconcile (pair.from, side, pair.to, pair.to->head), 0);
+  memset (want, 'b', SIZE);
+  memset (want + 5 * BLOCK, 0, 3 * BLOCK);
+  replica_check (pair.engine, &pair.target, chain, want, BLOCKS);
+  CHECK_EQUAL (faccessat (pair.source.fd, "discard.foreign", F_OK, 0), -1);
+  free (want);
   close_pair (&pair);
 }
 
@@ -330,7 +344,7 @@ layers_of_different_sizes_are_refused (void)
 static const struct lhb_test tests[] = {
   LHB_TEST (target_becomes_equal_to_the_source),
   LHB_TEST (long_layers_become_equal),
-  LHB_TEST (allocating_a_hole_is_a_change),
+  LHB_TEST (space_of_a_foreign_layer_is_written_as_zeros),
   LHB_TEST (discard_file_appears_where_there_was_none),
   LHB_TEST (failed_reconcile_is_an_error_and_is_repeated),
   LHB_TEST (layers_of_different_sizes_are_refused),
