@@ -208,6 +208,14 @@ def file_crc64(fd: int, offset_bytes: int, length_bytes: int, crc: int = 0) -> i
     return int(running[0])
 
 
+def next_extent(fd: int, offset_bytes: int) -> Extent | None:
+    """The first data extent of a file at or after ``offset_bytes``; None: no more. Blocking."""
+    module = _module()
+    extent = module.ffi.new("struct lhb_extent *")
+    count = _check("read extents", module.lib.lhb_file_extents(fd, offset_bytes, extent, 1))
+    return Extent(extent.offset_bytes, extent.length_bytes) if count else None
+
+
 def file_extents(fd: int, offset_bytes: int = 0) -> list[Extent]:
     """All data extents of a file at and after ``offset_bytes``, in order. Blocking.
 
@@ -569,6 +577,13 @@ class NativeVolume(_Handle):
         out = self._ffi.new("uint64_t *")
         result = self._lib.lhb_nbd_attach(self.raw, socket_fd, flags, base_allocation_id, out)
         _check("attach a connection", result)
+        return int(out[0])
+
+    def attach_replica(self, socket_fd: int) -> int:
+        """Hand over the data connection of an engine to this replica; as :meth:`attach`."""
+        out = self._ffi.new("uint64_t *")
+        result = self._lib.lhb_replica_attach(self.raw, socket_fd, out)
+        _check("attach a data connection", result)
         return int(out[0])
 
 

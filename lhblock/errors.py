@@ -8,7 +8,8 @@
     │   └ SizeError
     ├ ReplicaError(replica)           something about one replica directory
     │   ├ ReplicaNotFound · ReplicaForeign · ReplicaDamaged · ReplicaLocked
-    │   └ ReplicaUnsupported · ReplicaStale · ReplicaIO
+    │   ├ ReplicaUnsupported (ReplicaNoExtents)
+    │   └ ReplicaStale · ReplicaIO
     ├ FrontendError                   listening, handshakes
     ├ ControlError(code)              the control service of a serving process answered an error
     └ NativeError(operation, errno)   the C core returned -errno; whoever knows the object wraps it
@@ -111,6 +112,10 @@ class ReplicaLocked(ReplicaError):
 
 class ReplicaUnsupported(ReplicaError):
     """The file system or the format lacks something that is needed."""
+
+
+class ReplicaNoExtents(ReplicaUnsupported):
+    """The file system cannot tell data from holes."""
 
 
 class ReplicaStale(ReplicaError):

@@ -26,6 +26,8 @@ class App:
     data_dir_option: str | None = None
     json: bool = False
     debug: bool = False
+    volume_name: str = ""
+    instance_name: str = ""
 
     @property
     def data_dir(self) -> DataDir:
@@ -87,6 +89,30 @@ def common_options(function: F) -> F:
     for option in reversed(options):
         wrapped = option(wrapped)
     return wrapped  # type: ignore[return-value]
+
+
+def identity_options(function: F) -> F:
+    """``--volume-name`` and ``--replica-instance-name``, which Longhorn puts before the command."""
+    options = [
+        click.option(
+            "--volume-name",
+            metavar="NAME",
+            expose_value=False,
+            callback=_store,
+            help="Volume that callers of this process, or the process called, must mean.",
+        ),
+        click.option(
+            "--replica-instance-name",
+            "instance_name",
+            metavar="NAME",
+            expose_value=False,
+            callback=_store,
+            help="The same for the instance of a replica.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def confirm(question: str, *, yes: bool) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from lhblock import __version__
-from lhblock.cli._app import App, common_options
+from lhblock.cli._app import App, common_options, identity_options
 from lhblock.cli._lazy import LazyGroup
 from lhblock.errors import LhblockError
 from lhblock.settings import debug_wanted
@@ -18,6 +18,7 @@ INTERRUPTED = 130
 
 _COMMANDS = {
     "serve": ("lhblock.cli._serve", "serve", "Serve volumes over NBD until stopped."),
+    "replica": ("lhblock.cli._replica", "replica", "Serve one replica to an engine elsewhere."),
     "volume": ("lhblock.cli._volume", "volume", "Create, list, show, expand, remove volumes."),
     "snapshot": ("lhblock.cli._snapshot", "snapshot", "Snapshots of a volume, served or not."),
     "scrub": ("lhblock.cli._snapshot", "scrub", "Check snapshots against their checksums."),
@@ -34,6 +35,7 @@ _COMMANDS = {
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="lhblock", message="%(prog)s %(version)s")
+@identity_options
 @common_options
 def cli(_app: App) -> None:
     """Replicated, thin, snapshotted block volumes in user space, served over NBD.

@@ -8,6 +8,13 @@ from __future__ import annotations
 from lhblock._native import CloseReason
 from lhblock.engine._config import CacheMode, DriverChoice, EngineOptions, VolumeConfig
 from lhblock.engine._device import Connection, Device
+from lhblock.engine._driven import (
+    DrivenReplica,
+    ReplicaDisk,
+    ReplicaFound,
+    ReplicaLayers,
+    open_driven,
+)
 from lhblock.engine._engine import Engine, open_engine
 from lhblock.engine._info import (
     JobInfo,
@@ -27,11 +34,15 @@ __all__ = [
     "CloseReason",
     "Connection",
     "Device",
+    "DrivenReplica",
     "DriverChoice",
     "Engine",
     "EngineOptions",
     "JobInfo",
+    "ReplicaDisk",
+    "ReplicaFound",
     "ReplicaInfo",
+    "ReplicaLayers",
     "ScrubMismatch",
     "ScrubReport",
     "SnapshotInfo",
@@ -42,5 +53,6 @@ __all__ = [
     "VolumeMetrics",
     "VolumeStatistics",
     "create_replicas",
+    "open_driven",
     "open_engine",
 ]

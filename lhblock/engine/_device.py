@@ -115,6 +115,9 @@ class Device:
             connection_id = self._native.attach(fd, flags, base_allocation_id or 0)
         except NativeError as error:
             raise VolumeError(self.name, f"cannot serve a connection: {error}") from error
+        return self._take_in(connection_id)
+
+    def _take_in(self, connection_id: int) -> Connection:
         connection = Connection(self._native, connection_id)
         self._connections[connection_id] = connection
         return connection

@@ -156,6 +156,10 @@ class Member:
         """Apparent size of a layer: the volume's size when it was the head."""
         return self._stat(image).st_size
 
+    def modified_ns(self, image: str) -> int:
+        """When a layer's file was last written, in nanoseconds since the epoch."""
+        return self._stat(image).st_mtime_ns
+
     def _stat(self, image: str) -> os.stat_result:
         try:
             return os.stat(image, dir_fd=self.directory.dir_fd, follow_symlinks=False)

@@ -19,6 +19,7 @@ import trio
 from lhblock._native import MERGE_STEP_BYTES, NativeVolume
 from lhblock.engine._info import JobInfo
 from lhblock.engine._member import Member, MemberState, sentence
+from lhblock.engine._occupied import occupied_steps
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import LhblockError, NativeError, VolumeError
@@ -127,7 +128,7 @@ def merge_all_below(member: Member, upper: str) -> None:
             return  # several branches want it, on every replica: it was merged nowhere
         total_bytes = max(member.image_bytes(lower), member.image_bytes(upper))
         lower_id, upper_id = member.layers[lower], member.layers[upper]
-        for begin in range(0, total_bytes, MERGE_STEP_BYTES):
+        for begin in occupied_steps(directory.dir_fd, lower):
             length = min(MERGE_STEP_BYTES, total_bytes - begin)
             member.store.merge_up(None, lower_id, upper_id, begin, length)
         member.store.drop_layer(None, member.layers.pop(lower))
@@ -330,10 +331,13 @@ class _Walk:
         """Walk the whole range. False: the pair is no longer what it was."""
         store, native = self._member.store, self._merger._native
         lower, upper = self._lower, self._upper
-        done_bytes = 0
-        while done_bytes < self._total_bytes:
-            self._report(kind, done_bytes)
-            begin, length = done_bytes, min(MERGE_STEP_BYTES, self._total_bytes - done_bytes)
+        moved = self._merge.upper if kind == "merge-down" else self._merge.lower
+        begins: list[int] = []
+        if not await self._step(lambda: begins.extend(self._occupied(moved))):
+            return False
+        for done, begin in enumerate(begins):
+            self._report(kind, done * MERGE_STEP_BYTES, len(begins) * MERGE_STEP_BYTES)
+            length = min(MERGE_STEP_BYTES, self._total_bytes - begin)
 
             def step(begin: int = begin, length: int = length) -> None:
                 if kind == "prune":
@@ -345,8 +349,10 @@ class _Walk:
 
             if not await self._step(step):
                 return False
-            done_bytes += length
         return True
+
+    def _occupied(self, image: str) -> list[int]:
+        return occupied_steps(self._member.directory.dir_fd, image)
 
     async def finish_up(self) -> None:
         """Nothing is needed from the lower layer any more: forget it and delete it."""
@@ -389,14 +395,16 @@ class _Walk:
         right = await self._merger._step(self._member, self._merge, lambda: ran.append(run()))
         return right and ran == [True]
 
-    def _report(self, kind: Literal["prune", "merge-up", "merge-down"], done_bytes: int) -> None:
+    def _report(
+        self, kind: Literal["prune", "merge-up", "merge-down"], done_bytes: int, total_bytes: int
+    ) -> None:
         disk = self._member.directory.disks.get(self._merge.lower)
         self._merger._job = JobInfo(
             kind=kind,
             replica=str(self._member.path),
             snapshot=disk.snapshot if disk is not None else self._merge.lower,
             done_bytes=done_bytes,
-            total_bytes=self._total_bytes,
+            total_bytes=total_bytes,
         )
 
     def _log(self, direction: str) -> None:

@@ -54,13 +54,16 @@ def _probe(fd: int) -> int:
     return -probe_fiemap(fd)
 
 
-async def create_replicas(volume: str, paths: Sequence[Path], size_bytes: int) -> None:
+async def create_replicas(
+    volume: str, paths: Sequence[Path], size_bytes: int, *, encrypted: bool = False
+) -> None:
     """Make the replica directories of a new volume, all of them or none.
 
     Args:
       volume: its name, for messages.
       paths: directories that do not exist or are empty; their parents exist.
       size_bytes: of the volume.
+      encrypted: noted for Longhorn: the content will be a LUKS volume.
 
     Raises:
       SizeError: the size cannot be.
@@ -76,7 +79,11 @@ async def create_replicas(volume: str, paths: Sequence[Path], size_bytes: int) -
         try:
             for path, generation in zip(paths, generations, strict=True):
                 ReplicaDirectory.create(
-                    path, size_bytes=size_bytes, generation=generation, probe=_probe
+                    path,
+                    size_bytes=size_bytes,
+                    generation=generation,
+                    encrypted=encrypted,
+                    probe=_probe,
                 )
                 made.append(path)
         except LhblockError:

@@ -130,9 +130,14 @@ class SnapshotTree:
         *,
         labels: Mapping[str, str],
         user_created: bool,
+        created: str | None = None,
         size_bytes: int | None = None,
     ) -> str:
-        """Take a snapshot; see :meth:`Volume.create_snapshot` and :meth:`Volume.expand`."""
+        """Take a snapshot; see :meth:`Volume.create_snapshot` and :meth:`Volume.expand`.
+
+        Args:
+          created: the time to note, when another host has set it for all replicas.
+        """
         snapshot = str(uuid.uuid4()) if snapshot is None else snapshot
         image = snapshot_image(snapshot)
         async with self.lock:
@@ -144,7 +149,7 @@ class SnapshotTree:
                     raise SnapshotExists(self._name, f"snapshot {snapshot!r} {why}")
             usages = await self._replicas.each(Member.usage, during="counting snapshots")
             check_limits(self._name, self.limits, list(usages.values()))
-            created = utc_now()
+            noted = utc_now() if created is None else created
 
             def prepare(member: Member) -> PendingHead:
                 # What is synced now does not have to be while flushes wait.
@@ -152,7 +157,7 @@ class SnapshotTree:
                 pending = member.directory.prepare_snapshot(
                     snapshot,
                     user_created=user_created,
-                    created=created,
+                    created=noted,
                     labels=labels,
                     size_bytes=size_bytes,
                 )
@@ -224,18 +229,18 @@ class SnapshotTree:
                 # The next open removes what is left.
                 log.warning("clean up a head", replica=str(member.path), reason=str(error))
 
-    async def revert(self, snapshot: str) -> None:
+    async def revert(self, snapshot: str, *, created: str | None = None) -> None:
         """Go back to a snapshot; see :meth:`Volume.revert_snapshot`."""
         async with self.lock:
             self._refuse_users()
             if self.find(snapshot).removed:
                 raise SnapshotBusy(self._name, f"cannot revert to removed snapshot {snapshot!r}")
-            created = utc_now()
+            noted = utc_now() if created is None else created
             size_bytes = self._native.size_bytes
             committed: set[Member] = set()
 
             def prepare(member: Member) -> PendingHead:
-                return member.directory.prepare_revert(snapshot, created=created)
+                return member.directory.prepare_revert(snapshot, created=noted)
 
             def switch(member: Member) -> Callable[[], None]:
                 pending[member].commit()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lhblock.instance._logging import configure_logging
     from lhblock.instance._registry import Registry, ReplicaRecord, VolumeRecord
     from lhblock.instance._removal import removable, remove_replica
+    from lhblock.instance._replica_process import ReplicaOptions, ReplicaReady, run_replica
     from lhblock.instance._serve import Ready, ReadyVolume, run_serve
     from lhblock.instance._serving import (
         Holder,
@@ -29,6 +30,8 @@ _HOMES = {
     "Ready": "_serve",
     "ReadyVolume": "_serve",
     "Registry": "_registry",
+    "ReplicaOptions": "_replica_process",
+    "ReplicaReady": "_replica_process",
     "ReplicaRecord": "_registry",
     "ServeSettings": "_settings",
     "VolumeChannel": "_channel",
@@ -42,6 +45,7 @@ _HOMES = {
     "removable": "_removal",
     "remove_dead_sockets": "_serving",
     "remove_replica": "_removal",
+    "run_replica": "_replica_process",
     "run_serve": "_serve",
     "serve_settings": "_settings",
     "serving": "_serving",
@@ -53,6 +57,8 @@ __all__ = [
     "Ready",
     "ReadyVolume",
     "Registry",
+    "ReplicaOptions",
+    "ReplicaReady",
     "ReplicaRecord",
     "ServeSettings",
     "VolumeChannel",
@@ -66,6 +72,7 @@ __all__ = [
     "removable",
     "remove_dead_sockets",
     "remove_replica",
+    "run_replica",
     "run_serve",
     "serve_settings",
     "serving",

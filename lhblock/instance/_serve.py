@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from lhblock.instance._registry import Registry, VolumeRecord
 from lhblock.instance._served import FRONTEND, ServedVolume, open_served
 from lhblock.instance._serving import remove_dead_sockets, serving
 from lhblock.instance._settings import ServeSettings
+from lhblock.instance._signals import watch_signals
 from lhblock.instance._volume_service import VolumeService
 from lhblock.rpc import CONTROLLER, VOLUME, Call, serve_rpc
 from lhblock.settings import (
@@ -119,7 +118,7 @@ async def run_serve(
     notifier = Notifier()
     async with trio.open_nursery() as nursery:
         stop = trio.CancelScope()
-        await nursery.start(_watch_signals, stop)
+        await nursery.start(watch_signals, stop)
         failure: Exception | None = None
         try:
             with stop:
@@ -130,25 +129,6 @@ async def run_serve(
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-
-
-async def _watch_signals(
-    stop: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        asked = False
-        async for number in signals:
-            name = signal.Signals(number).name
-            if asked:
-                # What was acknowledged as flushed is safe; the next start cleans up the rest.
-                _log.warning("stopping at once", signal=name)
-                sys.stderr.flush()
-                os._exit(128 + number)
-            asked = True
-            _log.info("stopping; once more to stop at once", signal=name)
-            Notifier().stopping()
-            stop.cancel()
 
 
 async def _serve(

@@ -27,8 +27,16 @@ from lhblock.replica._generation import (
     supersede,
 )
 from lhblock.replica._lock import lock_holder
-from lhblock.replica._metadata import BLOCK_BYTES, LAYERS_MAX, Disk, created_text, why_bad_size
+from lhblock.replica._metadata import (
+    BLOCK_BYTES,
+    LAYERS_MAX,
+    Disk,
+    VolumeMeta,
+    created_text,
+    why_bad_size,
+)
 from lhblock.replica._names import check_snapshot_name, next_head, snapshot_image, snapshot_of
+from lhblock.replica._peek import peek
 from lhblock.replica._pending import PendingHead
 
 __all__ = [
@@ -48,6 +56,7 @@ __all__ = [
     "Probe",
     "ReplicaDirectory",
     "Stale",
+    "VolumeMeta",
     "change_time_text",
     "check_snapshot_name",
     "choose",
@@ -57,6 +66,7 @@ __all__ = [
     "lock_holder",
     "new_set",
     "next_head",
+    "peek",
     "read_checksum",
     "snapshot_image",
     "snapshot_of",

@@ -17,7 +17,7 @@ FILE_BYTES_MAX = 1 << 20
 SPARE_NAME = "lhblock.spare"
 """Blocks kept aside so that the metadata of a full file system can still be replaced."""
 
-SPARE_BYTES = 16384
+SPARE_BYTES = 65536
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -13,6 +13,7 @@ from pathlib import Path
 from lhblock.errors import (
     ReplicaForeign,
     ReplicaIO,
+    ReplicaNoExtents,
     ReplicaNotFound,
     ReplicaUnsupported,
     UsageError,
@@ -75,11 +76,11 @@ def check_probe(path: Path, probe: Probe | None, fd: int) -> None:
     """Find out whether the file system tells data from holes.
 
     Raises:
-      ReplicaUnsupported: it does not.
+      ReplicaNoExtents: it does not.
     """
     result = 0 if probe is None else probe(fd)
     if result < 0:
-        raise ReplicaUnsupported(
+        raise ReplicaNoExtents(
             path,
             f"the file system cannot list extents (FIEMAP: {os.strerror(-result)}); use ext4 or "
             "xfs",
@@ -87,7 +88,12 @@ def check_probe(path: Path, probe: Probe | None, fd: int) -> None:
 
 
 def create_replica(
-    path: Path, *, size_bytes: int, generation: Generation | None, probe: Probe | None
+    path: Path,
+    *,
+    size_bytes: int,
+    generation: Generation | None,
+    encrypted: bool,
+    probe: Probe | None,
 ) -> None:
     """See ``ReplicaDirectory.create``."""
     if (reason := why_bad_size(size_bytes)) is not None:
@@ -103,7 +109,8 @@ def create_replica(
             # Once more: another process may have made a replica before we had the lock.
             _require_room(path, dir_fd)
             try:
-                _fill(path, dir_fd, size_bytes, generation, probe)
+                volume = VolumeMeta(size_bytes, names.FIRST_HEAD, encrypted=encrypted)
+                _fill(path, dir_fd, volume, generation, probe)
             except BaseException:
                 for name in (*_MADE, *((LOCK_NAME,) if made_lock else ())):
                     with contextlib.suppress(OSError):
@@ -181,13 +188,17 @@ def _require_room(path: Path, dir_fd: int) -> None:
 
 
 def _fill(
-    path: Path, dir_fd: int, size_bytes: int, generation: Generation | None, probe: Probe | None
+    path: Path,
+    dir_fd: int,
+    volume: VolumeMeta,
+    generation: Generation | None,
+    probe: Probe | None,
 ) -> None:
     for name in _MADE:
         unlink_if_there(dir_fd, name)
     fd = create_file(dir_fd, names.FIRST_HEAD)
     try:
-        os.ftruncate(fd, size_bytes)
+        os.ftruncate(fd, volume.size_bytes)
         os.fsync(fd)
         check_probe(path, probe, fd)
         fingerprint = HeadFingerprint.of(names.FIRST_HEAD, os.fstat(fd))
@@ -199,5 +210,4 @@ def _fill(
         data = replace(generation, head=fingerprint).encode()
         write_durable(dir_fd, GENERATION_NAME, data, mode=0o600)
     # The last, because it makes the directory a replica.
-    volume = VolumeMeta(size_bytes=size_bytes, head=names.FIRST_HEAD)
     write_durable(dir_fd, names.VOLUME_META, encode_volume(volume))

@@ -101,6 +101,7 @@ class ReplicaDirectory:
         *,
         size_bytes: int,
         generation: Generation | None = None,
+        encrypted: bool = False,
         probe: Probe | None = None,
     ) -> None:
         """Make a replica of zeros, durable when it returns. The directory may exist if it is empty.
@@ -108,6 +109,7 @@ class ReplicaDirectory:
         Args:
           size_bytes: a positive multiple of 4096.
           generation: written too, so that the directory belongs to its set from the first moment.
+          encrypted: noted for Longhorn: the content will be a LUKS volume.
           probe: tells whether extents can be listed there.
 
         Raises:
@@ -117,15 +119,26 @@ class ReplicaDirectory:
           ReplicaUnsupported: the file system cannot do it.
           ReplicaIO: a system call failed. Nothing is left behind in any of these cases.
         """
-        create_replica(path, size_bytes=size_bytes, generation=generation, probe=probe)
+        create_replica(
+            path, size_bytes=size_bytes, generation=generation, encrypted=encrypted, probe=probe
+        )
 
     @classmethod
     def open(
-        cls, path: Path, *, read_only: bool = False, probe: Probe | None = None
+        cls,
+        path: Path,
+        *,
+        read_only: bool = False,
+        unfinished: bool = False,
+        probe: Probe | None = None,
     ) -> ReplicaDirectory:
         """Lock and check a directory, remove what interrupted operations left, and mark it dirty.
 
         A directory that is refused is left as it was found.
+
+        Args:
+          unfinished: also open a copy whose rebuild never finished, to go on with that.
+          probe: tells whether extents can be listed there.
 
         Raises:
           ReplicaNotFound, ReplicaForeign: there is no replica.
@@ -142,7 +155,7 @@ class ReplicaDirectory:
                 require_replica(path, dir_fd)
             lock = acquire_lock(path, dir_fd, exclusive=not read_only)
             directory = cls(path, dir_fd, lock, read_only=read_only)
-            directory._take_up(probe)
+            directory._take_up(probe, unfinished=unfinished)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -150,11 +163,13 @@ class ReplicaDirectory:
             raise
         return directory
 
-    def _take_up(self, probe: Probe | None) -> None:
+    def _take_up(self, probe: Probe | None, *, unfinished: bool) -> None:
         with _doing(self.path, "read its metadata"):
             survey = take_survey(self.path, self.dir_fd)
             volume = decide_volume(self.path, survey)
-            refuse_unusable(self.path, volume)
+            refuse_unusable(
+                self.path, replace(volume, rebuilding=volume.rebuilding and not unfinished)
+            )
             plan = plan_cleanup(self.path, self.dir_fd, survey, volume)
             view = make_view(self.path, survey, volume, plan.hidden)
             self._generation = self._read_generation()
@@ -329,6 +344,11 @@ class ReplicaDirectory:
         return self._volume.encrypted
 
     @property
+    def rebuilding(self) -> bool:
+        """Whether it is noted that this copy lacks data."""
+        return self._volume.rebuilding
+
+    @property
     def disks(self) -> Mapping[str, Disk]:
         """All layers by image name, side branches and removed ones included."""
         return MappingProxyType(self._disks)
@@ -488,8 +508,11 @@ class ReplicaDirectory:
         if not disk.removed:
             self._write_disk(replace(disk, removed=True))
 
-    def unlink_disk(self, image: str) -> None:
+    def unlink_disk(self, image: str, *, force: bool = False) -> None:
         """Remove a disk and its files. Its only child, if it has one, no longer needs it.
+
+        Args:
+          force: several children need it no longer either: their content is void.
 
         Raises:
           UsageError: there is no such disk, it is the head, or it has several children.
@@ -498,7 +521,7 @@ class ReplicaDirectory:
         self._check_idle()
         disk = self._disk(image)
         children = self.children(disk.name)
-        if disk.is_head or len(children) > 1:
+        if disk.is_head or (len(children) > 1 and not force):
             raise UsageError(
                 f"replica {self.path}: {disk.name} is the head or has several children "
                 f"({len(children)}); it cannot be unlinked"
@@ -565,6 +588,25 @@ class ReplicaDirectory:
             unlink_if_there(self.dir_fd, names.discard_name(upper))
 
     # ---- Volume state.
+
+    def reload(self) -> None:
+        """Read all records again, because another program has put disks beside the head.
+
+        The head stays the file it was; its parent is what its record says now.
+
+        Raises:
+          ReplicaDamaged, ReplicaUnsupported: what is there makes no sense; the old view is kept.
+          ReplicaIO: a system call failed.
+        """
+        self._check_idle()
+        with _doing(self.path, "read its metadata"):
+            survey = take_survey(self.path, self.dir_fd)
+            view = make_view(self.path, survey, self._volume, frozenset())
+        parent = view.disks[self._volume.head].parent
+        if parent != self._volume.parent:
+            with _doing(self.path, "write volume.meta"):
+                self._write_volume(replace(self._volume, parent=parent))
+        self._set_view(replace(view, volume=self._volume))
 
     def write_generation(self, generation: Generation) -> None:
         """Replace the generation, durable when it returns.

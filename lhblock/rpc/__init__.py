@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lhblock.rpc._methods import (
     CONTROLLER,
     HEALTH,
+    REPLICA,
     VOLUME,
     Call,
     CallFailed,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTROLLER",
     "HEALTH",
+    "REPLICA",
     "VOLUME",
     "Call",
     "CallFailed",

@@ -8,7 +8,7 @@ import signal
 import pytest
 import trio
 
-from lhblock.instance import _serve
+from lhblock.instance import _signals
 
 TIMEOUT_S = 30.0
 
@@ -36,7 +36,7 @@ async def test_the_second_signal_ends_the_process_at_once(
     with trio.fail_after(TIMEOUT_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(work)
-            await nursery.start(_serve._watch_signals, stop)
+            await nursery.start(_signals.watch_signals, stop)
             os.kill(os.getpid(), number)
             await stopping.wait()
             assert ended == []

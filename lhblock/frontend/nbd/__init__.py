@@ -16,6 +16,7 @@ from ._listeners import (
 from ._negotiation import Agreement, ByteStream, HandshakeEnded, negotiate
 from ._protocol import NBD_DEFAULT_PORT
 from ._server import ClientInfo, NbdServer, serve_nbd
+from ._sockets import SocketBytes, detach, peer_name, tune
 from ._stdio import serve_stdio
 from ._uri import NbdUri, parse_uri
 
@@ -32,12 +33,16 @@ __all__ = [
     "Listener",
     "NbdServer",
     "NbdUri",
+    "SocketBytes",
     "UnknownExport",
     "adopt_activation_listeners",
+    "detach",
     "negotiate",
     "open_tcp_listeners",
     "open_unix_listener",
     "parse_uri",
+    "peer_name",
     "serve_nbd",
     "serve_stdio",
+    "tune",
 ]

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+import structlog
 import trio
 
 from lhblock.errors import FrontendError
@@ -25,6 +26,26 @@ ACTIVATION_FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 ACTIVATION_FDS_MAX: Final = 64
 DIRECTORY_LOCK_WAIT_S: Final = 2.0
 _DIRECTORY_LOCK_POLL_S: Final = 0.01
+ACCEPT_RETRY_S: Final = 0.1
+
+_STARVED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# accept(2): errors of the connection that was about to be accepted, not of the listener.
+_ABORTED: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.EPERM,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+    }
+)
+
+_log = structlog.get_logger(__name__)
 
 
 class Listener:
@@ -55,6 +76,11 @@ class Listener:
             return os.fsdecode(self._bound) or "(unnamed unix socket)"
         return format_address(self._bound[0], self._bound[1])
 
+    @property
+    def port(self) -> int:
+        """The TCP port; 0 for a Unix socket."""
+        return 0 if self._family == socket.AF_UNIX else int(self._bound[1])
+
     def uri(self, export: str = "") -> NbdUri:
         """How a client on this machine reaches an export here."""
         if self._family == socket.AF_UNIX:
@@ -62,6 +88,37 @@ class Listener:
         host, port = self._bound[0], self._bound[1]
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
         return NbdUri(export=export, host=loopback.get(host, host), port=port)
+
+    async def accept(self) -> tuple[trio.socket.SocketType, object]:
+        """Wait for a client; return its socket and address.
+
+        Errors that pass, a want of descriptors for instance, are waited out.
+
+        Raises:
+          FrontendError: the listener failed for good.
+
+        Cancelled: nobody was accepted.
+        """
+        starved = False
+        while True:
+            try:
+                return await self.socket.accept()
+            except OSError as error:
+                if error.errno in _ABORTED:
+                    continue
+                if error.errno not in _STARVED:
+                    raise FrontendError(
+                        f"cannot accept clients on {self.address}: {error.strerror}"
+                    ) from error
+                # The client stays in the backlog. Say it once, not ten times a second.
+                if not starved:
+                    _log.warning(
+                        "cannot accept clients for now",
+                        address=self.address,
+                        reason=error.strerror,
+                    )
+                starved = True
+                await trio.sleep(ACCEPT_RETRY_S)
 
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still the one made here."""

@@ -7,7 +7,6 @@ closed the socket, and keeps the export open until then.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import structlog
 import trio
 
 from lhblock._native import CloseReason
-from lhblock.errors import FrontendError, LhblockError
+from lhblock.errors import LhblockError
 
 from ._exports import Exports
 from ._listeners import Listener
@@ -28,24 +27,6 @@ from ._negotiation import Agreement, HandshakeEnded, negotiate
 from ._sockets import SocketBytes, detach, peer_name, tune
 
 HANDSHAKES_MAX: Final = 128
-ACCEPT_RETRY_S: Final = 0.1
-
-_STARVED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-# accept(2): errors of the connection that was about to be accepted, not of the listener.
-_ABORTED: Final = frozenset(
-    {
-        errno.ECONNABORTED,
-        errno.EPROTO,
-        errno.EPERM,
-        errno.ENETDOWN,
-        errno.ENOPROTOOPT,
-        errno.EHOSTDOWN,
-        errno.ENONET,
-        errno.EHOSTUNREACH,
-        errno.EOPNOTSUPP,
-        errno.ENETUNREACH,
-    }
-)
 
 CLOSE_REASONS: Final = {
     CloseReason.CLIENT: "client disconnected",
@@ -145,28 +126,8 @@ class NbdServer:
         return visit.reason
 
     async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
-        starved = False
         while True:
-            try:
-                sock, address = await listener.socket.accept()
-            except OSError as error:
-                if error.errno in _STARVED:
-                    # The client stays in the backlog. Say it once, not ten times a second.
-                    if not starved:
-                        _log.warning(
-                            "cannot accept nbd clients for now",
-                            address=listener.address,
-                            reason=error.strerror,
-                        )
-                    starved = True
-                    await trio.sleep(ACCEPT_RETRY_S)
-                    continue
-                if error.errno in _ABORTED:
-                    continue
-                raise FrontendError(
-                    f"cannot accept clients on {listener.address}: {error.strerror}"
-                ) from error
-            starved = False
+            sock, address = await listener.accept()
             self._make_room()
             visit = self._expect(peer_name(sock, address))
             nursery.start_soon(self._visit, sock, visit)

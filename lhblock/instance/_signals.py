@@ -1,0 +1,37 @@
+"""SIGINT and SIGTERM: once to stop cleanly, twice to stop at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import structlog
+import trio
+
+from lhblock.instance._notify import Notifier
+
+_log = structlog.get_logger("lhblock.instance")
+
+
+async def watch_signals(
+    stop: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Cancel `stop` at the first SIGINT or SIGTERM; end the process at the second.
+
+    Cancelled: the signals do what they did before.
+    """
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        asked = False
+        async for number in signals:
+            name = signal.Signals(number).name
+            if asked:
+                # What was acknowledged as flushed is safe; the next start cleans up the rest.
+                _log.warning("stopping at once", signal=name)
+                sys.stderr.flush()
+                os._exit(128 + number)
+            asked = True
+            _log.info("stopping; once more to stop at once", signal=name)
+            Notifier().stopping()
+            stop.cancel()
