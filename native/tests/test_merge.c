@@ -567,6 +567,53 @@ prune_beside_a_client_loses_nothing (void)
   for_every_pair (PRUNE, merge_while_writing);
 }
 
+struct step {
+  struct merge_rig *m;
+  int lower;
+  uint64_t block;
+  int64_t result;
+  _Atomic bool done;
+};
+
+static void *
+run_step (void *argument)
+{
+  struct step *step = argument;
+
+  step->result = merge_step (step->m, UP, step->lower, step->block);
+  atomic_store (&step->done, true);
+  return NULL;
+}
+
+/* Whoever has a block claimed is waited for: it may be about to read it from
+ * the lower layer, or to write it above. */
+static void
+merge_up_waits_for_requests_on_its_blocks (void)
+{
+  for (int lower = 1; lower < LAYERS - 1; lower++)
+    {
+      struct merge_rig m;
+      /* Where the lower layer has data. */
+      struct step step
+          = { .m = &m, .lower = lower, .block = lower == 1 ? 0 : STEP };
+      struct lhb_range_claim claim;
+      pthread_t thread;
+
+      open_rig (&m, 0, true);
+      lhb_volume_claim (m.rig.volume, LHB_RANGE_READ, step.block, STEP,
+                        &claim);
+      CHECK_EQUAL (pthread_create (&thread, NULL, run_step, &step), 0);
+      AWAIT (lhb_range_count (m.rig.volume->ranges) == 2
+             || atomic_load (&step.done));
+      CHECK (!atomic_load (&step.done));
+      lhb_range_release (m.rig.volume->ranges, &claim);
+      CHECK_EQUAL (pthread_join (thread, NULL), 0);
+      CHECK (step.result >= 0);
+      check_all (&m, lower);
+      close_rig (&m);
+    }
+}
+
 /* An extent that no finished write made hides nothing. */
 static void
 prune_below_the_head_spares_what_a_failed_write_left (void)
@@ -716,6 +763,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (merge_up_beside_a_client_loses_nothing),
   LHB_TEST (merge_down_beside_a_client_loses_nothing),
   LHB_TEST (prune_beside_a_client_loses_nothing),
+  LHB_TEST (merge_up_waits_for_requests_on_its_blocks),
   LHB_TEST (prune_below_the_head_spares_what_a_failed_write_left),
   LHB_TEST (prune_syncs_what_hides_before_it_frees),
   LHB_TEST (unwritten_space_merges_as_what_it_is_in_each_layer),

@@ -206,6 +206,41 @@ block_status_tells_data_from_holes (void)
   close_rig (&rig);
 }
 
+/* Reply sizes are bounded: the client asks again for the rest. */
+static void
+block_status_of_many_extents_is_cut_short (void)
+{
+  const uint64_t blocks = 3 * (2 * LHB_NBD_EXTENTS_MAX + 100);
+  struct rig rig;
+  struct client client;
+  uint64_t covered = 0;
+  int replies = 0;
+
+  open_rig (&rig, 1, blocks);
+  client = client_open (&rig, LHB_NBD_STRUCTURED | LHB_NBD_BASE_ALLOCATION);
+  for (uint64_t block = blocks / 3; block < blocks; block += 2)
+    CHECK_EQUAL (rig_io (&rig, LHB_OP_WRITE, 0, block * BLOCK, 1, 'w'), 0);
+  while (covered < blocks * BLOCK)
+    {
+      static uint32_t words[1 + 2 * LHB_NBD_EXTENTS_MAX];
+      struct client_reply reply;
+
+      client_send (&client, 0, NBD_CMD_BLOCK_STATUS, covered,
+                   (uint32_t) (blocks * BLOCK - covered));
+      reply = client_receive (&client);
+      CHECK_EQUAL (reply.error, 0);
+      CHECK (reply.length <= sizeof words);
+      client_receive_bytes (&client, words, reply.length);
+      for (uint32_t i = 1; i < reply.length / 4; i += 2)
+        covered += be32toh (words[i]);
+      replies++;
+    }
+  CHECK_EQUAL (covered, blocks * BLOCK);
+  CHECK (replies >= 4);
+  client_close (&client, LHB_CLOSE_EOF);
+  close_rig (&rig);
+}
+
 /* ---- Wrong requests: answered, and the connection goes on. */
 
 struct wrong {
@@ -358,6 +393,7 @@ errors_of_the_replicas_reach_the_client (void)
       CHECK_EQUAL (client_read (&client, 0, 100, data), NBD_EIO);
       CHECK_EQUAL (lhb_fault_arm ("store.write", EDQUOT, 0, 0, 1), 0);
       CHECK_EQUAL (client_write (&client, 0, 0, BLOCK, data), NBD_ENOSPC);
+      CHECK_EQUAL (client_write (&client, 0, 0, BLOCK, data), 0);
       CHECK_EQUAL (lhb_fault_arm ("store.punch", ENOMEM, 0, 0, 1), 0);
       CHECK_EQUAL (client_call (&client, 0, NBD_CMD_TRIM, 0, BLOCK),
                    NBD_ENOMEM);
@@ -1024,6 +1060,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (every_command_with_structured_replies),
   LHB_TEST (reads_and_writes_of_any_alignment_equal_a_model),
   LHB_TEST (block_status_tells_data_from_holes),
+  LHB_TEST (block_status_of_many_extents_is_cut_short),
   LHB_TEST (wrong_requests_are_answered_with_their_error),
   LHB_TEST (do_not_fragment_needs_structured_replies),
   LHB_TEST (fast_zero_is_not_supported_where_it_is_slow),
