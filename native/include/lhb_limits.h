@@ -39,6 +39,10 @@
 #define LHB_URING_ENTRIES 256           /* per queue */
 #define LHB_EPOLL_EVENTS 64
 
+/* A queue that had something to do stays awake for so long before it sleeps:
+ * waking an idle CPU costs more than the request that comes next. */
+#define LHB_AWAKE_NS 50000ull
+
 #define LHB_RANGE_SHARDS 64
 #define LHB_RANGE_REGION_SHIFT 8        /* blocks: 1 MiB regions */
 #define LHB_MAP_CHUNK_SHIFT 15          /* blocks: 128 MiB chunks */

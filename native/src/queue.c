@@ -204,6 +204,8 @@ queue_main (void *argument)
   struct lhb_queue *queue = argument;
   struct epoll_event events[LHB_EPOLL_EVENTS];
 
+  uint64_t awake_until_ns = 0;
+
   current_queue = queue;
   while (!queue->stopping)
     {
@@ -212,7 +214,7 @@ queue_main (void *argument)
                   || (queue->uring != NULL
                       && lhb_uring_unsubmitted (queue->uring) > 0);
       int count = epoll_wait (queue->epoll_fd, events, LHB_EPOLL_EVENTS,
-                              busy ? 0 : -1);
+                              busy || lhb_now_ns () < awake_until_ns ? 0 : -1);
 
       if (count == -1 && errno != EINTR)
         abort ();
@@ -223,7 +225,10 @@ queue_main (void *argument)
           pollable->ready (pollable, events[i].events);
         }
       if (count > 0)
-        take_inbox (queue);
+        {
+          take_inbox (queue);
+          awake_until_ns = lhb_now_ns () + LHB_AWAKE_NS;
+        }
       handle_messages (list_take_all (&queue->local));
       lhb_batches_run (queue->batches);
       handle_messages (list_take_all (&queue->local));
