@@ -56,7 +56,7 @@ static void
 judge_legs (struct lhb_request *request)
 {
   struct lhb_volume *volume = request->volume;
-  uint32_t model = choose_model (request);
+  uint32_t model = 0;           /* counts only when none is good */
   bool any_good = false;
   int error = 0, rw = 0;
 
@@ -64,10 +64,10 @@ judge_legs (struct lhb_request *request)
     {
       struct lhb_leg *leg = &request->legs[i];
 
-      if (!leg->used)
-        continue;
-      any_good |= leg->error == 0;
+      any_good |= leg->used && leg->error == 0;
     }
+  if (!any_good)
+    model = choose_model (request);
   for (uint32_t i = 0; i < volume->store_count; i++)
     {
       struct lhb_leg *leg = &request->legs[i];
