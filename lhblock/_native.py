@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -246,7 +247,7 @@ def clear_faults() -> None:
     _module().lib.lhb_fault_clear()
 
 
-class _Handle:
+class _Handle(ABC):
     """One C object: closed once, refused after."""
 
     def __init__(self, handle: Any) -> None:
@@ -268,9 +269,9 @@ class _Handle:
         raw, self._raw = self._raw, None
         return raw
 
+    @abstractmethod
     def close(self) -> None:
         """Release the C object. Blocking. A second call does nothing."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

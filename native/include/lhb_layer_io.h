@@ -31,6 +31,10 @@ typedef int64_t (*lhb_extent_visitor) (void *context, uint64_t block,
 int64_t lhb_layer_for_each_extent (int fd, enum lhb_extent_kind kind,
                                    uint64_t block, uint64_t end,
                                    lhb_extent_visitor visit, void *context);
+/* The same for what lies between the extents of a range. */
+int64_t lhb_layer_for_each_gap (int fd, enum lhb_extent_kind kind,
+                                uint64_t block, uint64_t end,
+                                lhb_extent_visitor visit, void *context);
 /* Read or write whole blocks completely.  The end of the file is -EIO. */
 int lhb_layer_transfer (int fd, char *buffer, uint64_t block, uint64_t blocks,
                         bool writes);

@@ -50,6 +50,41 @@ lhb_layer_for_each_extent (int fd, enum lhb_extent_kind kind, uint64_t block,
   return total;
 }
 
+int64_t
+lhb_layer_for_each_gap (int fd, enum lhb_extent_kind kind, uint64_t block,
+                        uint64_t end, lhb_extent_visitor visit, void *context)
+{
+  struct lhb_extent extent;
+  int64_t total = 0;
+
+  while (block < end)
+    {
+      int count = lhb_file_extents_of (fd, kind, block << LHB_BLOCK_SHIFT,
+                                       &extent, 1);
+      uint64_t first = end, stop = end;
+
+      if (count < 0)
+        return count;
+      if (count == 1)
+        {
+          first = extent.offset_bytes >> LHB_BLOCK_SHIFT;
+          stop = first + (extent.length_bytes >> LHB_BLOCK_SHIFT);
+        }
+      if (first > end)
+        first = end;
+      if (first > block)
+        {
+          int64_t r = visit (context, block, first - block);
+
+          if (r < 0)
+            return r;
+          total += r;
+        }
+      block = stop > first ? stop : end;
+    }
+  return total;
+}
+
 int
 lhb_layer_transfer (int fd, char *buffer, uint64_t block, uint64_t blocks,
                     bool writes)

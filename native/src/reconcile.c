@@ -3,7 +3,6 @@
  */
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,6 +12,7 @@
 struct reconcile {
   int source_fd, target_fd;
   char *want, *have;            /* LHB_SLICE_BLOCKS each */
+  uint64_t slice_block;         /* the first block of 'want' */
 };
 
 static int64_t
@@ -36,42 +36,15 @@ copy_if_different (struct reconcile *r, uint64_t block, uint64_t blocks)
 }
 
 /* What compared equal to zeros and is not data of the target is written, for
- * it hides what older layers have.  'want' holds the slice.  Returns how much
- * of it that changed. */
+ * it hides what older layers have. */
 static int64_t
-fill_holes (struct reconcile *r, uint64_t block, uint64_t blocks)
+fill_gap (void *context, uint64_t block, uint64_t blocks)
 {
-  struct lhb_extent extent;
-  uint64_t at = block, end = block + blocks;
-  int64_t filled = 0;
+  struct reconcile *r = context;
+  char *zeros = r->want + ((block - r->slice_block) << LHB_BLOCK_SHIFT);
+  int err = lhb_layer_transfer (r->target_fd, zeros, block, blocks, true);
 
-  while (at < end)
-    {
-      uint64_t first = end, stop = end;
-      int err;
-      int count = lhb_file_extents_of (r->target_fd, LHB_EXTENTS_WRITTEN,
-                                       at << LHB_BLOCK_SHIFT, &extent, 1);
-
-      if (count < 0)
-        return count;
-      if (count == 1)
-        {
-          first = extent.offset_bytes >> LHB_BLOCK_SHIFT;
-          stop = first + (extent.length_bytes >> LHB_BLOCK_SHIFT);
-        }
-      first = first < end ? first : end;
-      if (first > at)
-        {
-          err = lhb_layer_transfer (
-              r->target_fd, r->want + ((at - block) << LHB_BLOCK_SHIFT), at,
-              first - at, true);
-          if (err)
-            return err;
-          filled += (int64_t) ((first - at) << LHB_BLOCK_SHIFT);
-        }
-      at = stop > first ? stop : end;
-    }
-  return filled;
+  return err ? err : (int64_t) (blocks << LHB_BLOCK_SHIFT);
 }
 
 /* The blocks of an extent of the source: equal in the target, and extents
@@ -86,9 +59,12 @@ match_extent (void *context, uint64_t block, uint64_t blocks)
     {
       uint64_t count = blocks < LHB_SLICE_BLOCKS ? blocks : LHB_SLICE_BLOCKS;
       int64_t changed = copy_if_different (r, block, count);
-      int64_t filled
-          = changed < 0 ? changed : fill_holes (r, block, count);
+      int64_t filled = changed;
 
+      r->slice_block = block;
+      if (changed >= 0)
+        filled = lhb_layer_for_each_gap (r->target_fd, LHB_EXTENTS_WRITTEN,
+                                         block, block + count, fill_gap, r);
       if (filled < 0)
         return filled;
       total += changed + filled;
@@ -103,41 +79,23 @@ struct punch_gaps {
   enum lhb_extent_kind source_kind;
 };
 
+static int64_t
+punch_gap (void *context, uint64_t block, uint64_t blocks)
+{
+  struct punch_gaps *gaps = context;
+  int err = lhb_layer_punch (gaps->target_fd, block, blocks);
+
+  return err ? err : (int64_t) (blocks << LHB_BLOCK_SHIFT);
+}
+
 /* The part of a target extent that the source has not, goes. */
 static int64_t
 punch_surplus (void *context, uint64_t block, uint64_t blocks)
 {
   struct punch_gaps *gaps = context;
-  uint64_t end = block + blocks;
-  struct lhb_extent extent;
-  int64_t punched = 0;
 
-  while (block < end)
-    {
-      int count = lhb_file_extents_of (gaps->source_fd, gaps->source_kind,
-                                       block << LHB_BLOCK_SHIFT, &extent, 1);
-      uint64_t first = end, stop = end;
-      int err;
-
-      if (count < 0)
-        return count;
-      if (count == 1)
-        {
-          first = extent.offset_bytes >> LHB_BLOCK_SHIFT;
-          stop = first + (extent.length_bytes >> LHB_BLOCK_SHIFT);
-        }
-      if (first > end)
-        first = end;
-      if (first > block)
-        {
-          err = lhb_layer_punch (gaps->target_fd, block, first - block);
-          if (err)
-            return err;
-          punched += (int64_t) ((first - block) << LHB_BLOCK_SHIFT);
-        }
-      block = stop > first ? stop : end;
-    }
-  return punched;
+  return lhb_layer_for_each_gap (gaps->source_fd, gaps->source_kind, block,
+                                 block + blocks, punch_gap, gaps);
 }
 
 int64_t
