@@ -131,7 +131,8 @@ async def server_process(
     pairs = [socket.socketpair() for _ in range(CLIENTS)]
     theirs = [pair[1].fileno() for pair in pairs]
     arguments = [
-        *(sys.executable, "-m", "tests.model.volume_server", files.driver, files.cache),
+        # -P: not the working directory but PYTHONPATH says which build of the core is tested.
+        *(sys.executable, "-P", "-m", "tests.model.volume_server", files.driver, files.cache),
         ",".join(map(str, theirs)),
         *map(str, files.paths),
     ]
