@@ -63,6 +63,8 @@ skip_payload (struct lhb_connection *connection, uint32_t payload_bytes)
     {
       connection->state = LHB_RECEIVE_SKIP;
       connection->payload_left = payload_bytes;
+      /* All of it passes through the buffer. */
+      connection->expect_large = false;
     }
 }
 
