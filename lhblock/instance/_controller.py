@@ -272,16 +272,17 @@ class ControllerService:
         )
 
     async def _set_limits(self, served: ServedVolume, **changes: int) -> None:
-        record = served.record
-        count = changes.get("snapshot_count_max", record.snapshot_count_max)
-        size = changes.get("snapshot_bytes_max", record.snapshot_bytes_max)
-        try:
-            await served.volume.set_limits(snapshot_max_count=count, snapshot_max_size=size)
-        except VolumeError as error:
-            raise CallFailed("UNKNOWN", error.sentence) from error
-        served.record = await trio.to_thread.run_sync(
-            lambda: self._registry.update(served.name, **changes)
-        )
+        async with served.recording:
+            record = served.record
+            count = changes.get("snapshot_count_max", record.snapshot_count_max)
+            size = changes.get("snapshot_bytes_max", record.snapshot_bytes_max)
+            try:
+                await served.volume.set_limits(snapshot_max_count=count, snapshot_max_size=size)
+            except VolumeError as error:
+                raise CallFailed("UNKNOWN", error.sentence) from error
+            served.record = await trio.to_thread.run_sync(
+                lambda: self._registry.update(served.name, **changes)
+            )
 
     def _describe(self, served: ServedVolume) -> pb.Volume:
         volume = served.volume

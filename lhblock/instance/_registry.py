@@ -128,7 +128,10 @@ class Registry:
         self._write(record)
 
     def update(self, name: str, **changes: Any) -> VolumeRecord:
-        """Replace fields of a record, durably, and return it. Raises as `get`."""
+        """Replace fields of a record, durably, and return it. Raises as `get`.
+
+        One call at a time for each volume: who has it open sees to that.
+        """
         record = replace(self.get(name), **changes)
         self._write(record)
         return record

@@ -40,6 +40,7 @@ class ServedVolume:
       rebuild_sync_limit: as set by a client.
       cache: the cache mode in use, which may differ from the recorded one.
       reverting: new clients are kept out for a moment.
+      recording: held while the record, or the limits that it notes, change.
     """
 
     record: VolumeRecord
@@ -53,6 +54,7 @@ class ServedVolume:
     cache: str = "writeback"
     expansion: Expansion = field(default_factory=Expansion)
     reverting: bool = False
+    recording: trio.Lock = field(default_factory=trio.Lock)
 
     @property
     def name(self) -> str:
@@ -60,11 +62,12 @@ class ServedVolume:
 
     async def refresh_record(self, registry: Registry) -> None:
         """Record the size again if a crash or a foreign program made it differ."""
-        size_bytes = self.volume.size_bytes
-        if size_bytes != self.record.size_bytes and not self.volume.read_only:
-            self.record = await trio.to_thread.run_sync(
-                lambda: registry.update(self.name, size_bytes=size_bytes)
-            )
+        async with self.recording:
+            size_bytes = self.volume.size_bytes
+            if size_bytes != self.record.size_bytes and not self.volume.read_only:
+                self.record = await trio.to_thread.run_sync(
+                    lambda: registry.update(self.name, size_bytes=size_bytes)
+                )
 
     def start_expansion(self, registry: Registry, size_bytes: int) -> None:
         """Expand in the background; `expansion` tells how it went."""

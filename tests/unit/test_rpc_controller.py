@@ -107,6 +107,27 @@ async def test_several_volumes_need_a_name(tmp_path: Path) -> None:
         assert (await at.call("VolumeGet", volume="web")).name == "web"
 
 
+async def test_changes_of_the_record_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    async with services(tmp_path) as at:
+        for count in range(2, 12):
+            size_bytes = count << 24
+            async with trio.open_nursery() as nursery:
+                for name, request in (
+                    ("VolumeSnapshotMaxCountSet", pb.VolumeSnapshotMaxCountSetRequest(count=count)),
+                    (
+                        "VolumeSnapshotMaxSizeSet",
+                        pb.VolumeSnapshotMaxSizeSetRequest(size=size_bytes),
+                    ),
+                ):
+                    nursery.start_soon(at.call, name, request)
+            served = at.volumes["db"]
+            assert served.volume.limits.count_max == count
+            assert served.volume.limits.size_bytes_max == size_bytes
+            assert served.record == at.registry.get("db")
+            assert served.record.snapshot_count_max == count
+            assert served.record.snapshot_bytes_max == size_bytes
+
+
 async def test_volume_get_describes_the_volume(tmp_path: Path) -> None:
     async with services(tmp_path, replicas=3) as at:
         at.volumes["db"].uris = ("nbd://127.0.0.1/db",)
