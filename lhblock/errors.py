@@ -11,6 +11,8 @@
     │   ├ ReplicaUnsupported (ReplicaNoExtents)
     │   └ ReplicaStale · ReplicaIO
     ├ FrontendError                   listening, handshakes
+    ├ DeviceError                     attaching to this host: block devices, file systems on them
+    │   └ DeviceUnavailable · DeviceBusy · DeviceForeign · NotAttached · NotBlank
     ├ ControlError(code)              the control service of a serving process answered an error
     └ NativeError(operation, errno)   the C core returned -errno; whoever knows the object wraps it
 
@@ -128,6 +130,30 @@ class ReplicaIO(ReplicaError):
 
 class FrontendError(LhblockError):
     """A front end cannot listen or a handshake cannot go on."""
+
+
+class DeviceError(LhblockError):
+    """Something about a block device of this host, or a file system on it."""
+
+
+class DeviceUnavailable(DeviceError):
+    """The host has nothing that could make a block device of a volume."""
+
+
+class DeviceBusy(DeviceError):
+    """The device is mounted, or something else holds it."""
+
+
+class DeviceForeign(DeviceError):
+    """The device is not one of ours."""
+
+
+class NotAttached(DeviceError):
+    """No device of this host shows the volume."""
+
+
+class NotBlank(DeviceError):
+    """A file system was to be made where something is already."""
 
 
 class ControlError(LhblockError):

@@ -21,6 +21,8 @@ _COMMANDS = {
     "replica": ("lhblock.cli._replica", "replica", "Serve one replica to an engine elsewhere."),
     "volume": ("lhblock.cli._volume", "volume", "Create, list, show, expand, remove volumes."),
     "snapshot": ("lhblock.cli._snapshot", "snapshot", "Snapshots of a volume, served or not."),
+    "attach": ("lhblock.cli._attach", "attach", "Make a volume a block device of this host."),
+    "detach": ("lhblock.cli._attach", "detach", "Take the block device of a volume away."),
     "scrub": ("lhblock.cli._snapshot", "scrub", "Check snapshots against their checksums."),
     "bench": ("lhblock.cli._bench", "bench", "Measure a volume's speed on this machine."),
     "info": ("lhblock.cli._info", "info", "Versions, I/O driver, kernel features."),

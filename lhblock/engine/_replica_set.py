@@ -119,7 +119,6 @@ class ReplicaSet:
         """Make the usable stores the replica set. Before the first request, or frozen."""
         stores = [member.store for member in self.usable]
         if stores and stores != self._published:
-            self._track_withdrawn()
             self._native.publish(stores)
             self._published = stores
 
@@ -224,19 +223,6 @@ class ReplicaSet:
         for member, error in errors.items():
             self.note_failure(member, f"cannot record a new generation: {sentence(error)}")
         return not errors
-
-    def _track_withdrawn(self) -> None:
-        # The core tracks what it drops by itself. Frozen: nothing is changed meanwhile.
-        for member in self.members:
-            if member.state is MemberState.USABLE or not member.has_store:
-                continue
-            if member.store in self._published:
-                try:
-                    self._native.track(member.store.id)
-                except NativeError as error:
-                    # Without a map everything counts as changed when it comes back.
-                    path = str(member.path)
-                    log.warning("changes are not tracked", replica=path, reason=str(error))
 
     def _release(self, failing: list[Member]) -> None:
         for member in failing:

@@ -9,10 +9,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lhblock.instance._channel import VolumeChannel, first_sentence, open_channel
+    from lhblock.instance._channel import (
+        VolumeChannel,
+        first_sentence,
+        open_channel,
+        served_channel,
+    )
     from lhblock.instance._creation import create_volume, uncreate_volume
     from lhblock.instance._features import machine_features
     from lhblock.instance._logging import configure_logging
+    from lhblock.instance._notify import Notifier
     from lhblock.instance._registry import Registry, ReplicaRecord, VolumeRecord
     from lhblock.instance._removal import removable, remove_replica
     from lhblock.instance._replica_process import ReplicaOptions, ReplicaReady, run_replica
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Holder": "_serving",
+    "Notifier": "_notify",
     "Ready": "_serve",
     "ReadyVolume": "_serve",
     "Registry": "_registry",
@@ -48,12 +55,14 @@ _HOMES = {
     "run_replica": "_replica_process",
     "run_serve": "_serve",
     "serve_settings": "_settings",
+    "served_channel": "_channel",
     "serving": "_serving",
     "uncreate_volume": "_creation",
 }
 
 __all__ = [
     "Holder",
+    "Notifier",
     "Ready",
     "ReadyVolume",
     "Registry",
@@ -75,6 +84,7 @@ __all__ = [
     "run_replica",
     "run_serve",
     "serve_settings",
+    "served_channel",
     "serving",
     "uncreate_volume",
 ]

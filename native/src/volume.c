@@ -33,7 +33,6 @@ lhb_volume_open (lhb_engine *engine, uint64_t size_bytes, uint32_t flags,
   volume->id = lhb_engine_new_id (engine);
   volume->size_bytes = size_bytes;
   volume->flags = flags;
-  lhb_trackers_init (&volume->trackers, size_bytes);
   lhb_mutex_init (&volume->lock);
   if (pthread_cond_init (&volume->changed, NULL) != 0)
     abort ();
@@ -108,7 +107,6 @@ lhb_volume_close (lhb_volume *volume)
   pthread_mutex_unlock (&volume->lock);
   end_requests (volume);
   lhb_range_close (volume->ranges);
-  lhb_trackers_free (&volume->trackers);
   pthread_cond_destroy (&volume->changed);
   pthread_mutex_destroy (&volume->lock);
   free (volume);
@@ -139,15 +137,11 @@ lhb_volume_publish (lhb_volume *volume, lhb_store **stores, uint32_t count)
 int
 lhb_volume_resize (lhb_volume *volume, uint64_t size_bytes)
 {
-  int err;
-
   if (size_bytes % LHB_BLOCK_BYTES != 0
       || size_bytes < atomic_load (&volume->size_bytes))
     return -EINVAL;
-  err = lhb_trackers_resize (&volume->trackers, size_bytes);
-  if (err == 0)
-    atomic_store (&volume->size_bytes, size_bytes);
-  return err;
+  atomic_store (&volume->size_bytes, size_bytes);
+  return 0;
 }
 
 /* ---- Failing replicas. */
@@ -180,15 +174,11 @@ lhb_volume_fail_store (struct lhb_volume *volume, uint32_t index, int error,
             && count_rw (volume) > 1;
   if (dropped)
     {
-      uint64_t tracker_id;
-
-      event.subject_id = volume->stores[index]->id;
-      /* Both first: whoever sees the state also sees that changes it missed
-       * are recorded and that a fence is owed.  Without a tracker nobody knows
-       * what it missed, and everything counts. */
-      (void) lhb_volume_track (volume, event.subject_id, &tracker_id);
+      /* Counted first: whoever sees the state also sees that a fence is owed.
+       */
       atomic_fetch_add (&volume->unfenced, 1);
       atomic_store (&volume->states[index], LHB_STATE_FAILED);
+      event.subject_id = volume->stores[index]->id;
     }
   pthread_mutex_unlock (&volume->lock);
   if (dropped)

@@ -59,7 +59,8 @@ class Guest:
         """Boot, run ``script`` with ``sh -eux``, power off.
 
         In the script ``result NAME VALUE...`` hands a value back; ``nbd-client``, ``mkfs.ext4``,
-        ``e2fsck``, ``resize2fs`` and busybox are there, and ``/dev/nbd0`` and on.
+        ``e2fsck``, ``resize2fs``, ``mkfs.xfs``, ``xfs_repair``, ``blkid`` and busybox are there,
+        ``/dev/nbd0`` and on, and what else the base was given.
 
         Raises:
           GuestFailed: the script's status was not 0, or it did not end within ``timeout_s``.

@@ -14,8 +14,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-PROGRAMS = ("nbd-client", "mke2fs", "e2fsck", "resize2fs")
-MODULES = ("virtio_pci", "virtio_net", "nbd")
+PROGRAMS = ("nbd-client", "mke2fs", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "blkid")
+MODULES = ("virtio_pci", "virtio_net", "nbd", "xfs")
 SEARCH_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 INIT = """\
@@ -82,7 +82,13 @@ class Archive:
         self._names: set[str] = set()
 
     def add(
-        self, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)
+        self,
+        name: str,
+        mode: int,
+        data: bytes = b"",
+        device: tuple[int, int] = (0, 0),
+        *,
+        modified: int = 0,
     ) -> None:
         """Add one entry; ``name`` is relative to the root, ``mode`` includes the file type."""
         if name in self._names:
@@ -94,13 +100,20 @@ class Archive:
         inode = len(self._parts) + 1
         raw_name = name.encode() + b"\0"
         # ino mode uid gid nlink mtime size devmajor devminor rdevmajor rdevminor namesize check
-        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(raw_name), 0)
+        fields = (inode, mode, 0, 0, 1, modified, len(data), 0, 0, *device, len(raw_name), 0)
         header = b"070701" + b"".join(b"%08X" % field for field in fields)
         self._parts.append(_pad4(header + raw_name) + _pad4(data))
 
     def add_file(self, name: str, source: Path) -> None:
-        """Add a copy of a host file, executable."""
-        self.add(name, stat.S_IFREG | 0o755, source.read_bytes())
+        """Add a copy of a host file, executable, with its time: bytecode knows its source by it."""
+        modified = int(source.stat().st_mtime)
+        self.add(name, stat.S_IFREG | 0o755, source.read_bytes(), modified=modified)
+
+    def add_program(self, name: str, source: Path) -> None:
+        """Add a program of the host and every library it needs."""
+        self.add_file(name, source)
+        for library in shared_libraries(source):
+            self.add_file(str(library).lstrip("/"), library)
 
     def finish(self) -> bytes:
         """The archive with its trailer."""
@@ -119,10 +132,7 @@ def base_archive(modules: Path) -> bytes:
     archive.add("init", stat.S_IFREG | 0o755, INIT.encode())
     archive.add_file("bin/busybox", program_path("busybox"))
     for name in PROGRAMS:
-        program = program_path(name)
-        archive.add_file(f"programs/{name}", program)
-        for library in shared_libraries(program):
-            archive.add_file(str(library).lstrip("/"), library)
+        archive.add_program(f"programs/{name}", program_path(name))
     # mke2fs chooses its defaults by the name it is called by.
     archive.add("programs/mkfs.ext4", stat.S_IFLNK | 0o777, b"mke2fs")
     files = module_files(modules, MODULES)

@@ -21,10 +21,11 @@ LOWER = {
     "replica": frozenset({"_native", "errors", "settings"}),
     "engine": frozenset({"replica", "_native", "errors", "settings"}),
     "frontend": frozenset({"engine", "replica", "_native", "errors", "settings"}),
+    "device": frozenset({"frontend", "errors", "settings"}),
     "instance": frozenset(
         {"frontend", "engine", "replica", "_native", "rpc", "errors", "settings"}
     ),
-    "cli": frozenset({"instance", "rpc", "errors", "settings"}),
+    "cli": frozenset({"instance", "device", "rpc", "errors", "settings"}),
     "__main__": frozenset({"cli"}),
     "__init__": frozenset[str](),
 }

@@ -1,0 +1,75 @@
+"""What is attached: the name for people, where it is served, and how its device is recognised."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from lhblock.frontend.nbd._uri import NbdUri, parse_uri
+
+IDENTITY_PREFIX: Final = "lhblock:"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A volume that is served.
+
+    Attributes:
+      volume: what the user called it: a name, or the URI.
+      identity: the same for every attach of this volume on this host, whatever the address.
+    """
+
+    volume: str
+    identity: str
+    uri: NbdUri
+
+    @classmethod
+    def of_volume(cls, data_dir: str, name: str, uris: list[str]) -> Target:
+        """A volume of a data directory. The Unix socket, whose path is fixed, is preferred."""
+        found = sorted((parse_uri(uri) for uri in uris), key=lambda uri: uri.socket_path is None)
+        return cls(name, volume_identity(data_dir, name), found[0])
+
+    @classmethod
+    def of_uri(cls, text: str) -> Target:
+        """An export found by its address. UsageError: not such a URI."""
+        uri = parse_uri(text)
+        return cls(text, uri_identity(text), uri)
+
+
+@dataclass(frozen=True)
+class AttachOptions:
+    """How a device behaves.
+
+    Attributes:
+      connections: to the server.
+      timeout_s: after which a request without a reply is tried on another connection.
+      away_s: how long requests wait for a server that went away before they fail.
+      read_only: nothing can be written through this device.
+    """
+
+    connections: int = 2
+    timeout_s: int = 60
+    away_s: int = 600
+    read_only: bool = False
+
+
+def volume_identity(data_dir: str, name: str) -> str:
+    return f"{IDENTITY_PREFIX}{data_dir}/volumes/{name}"
+
+
+def uri_identity(text: str) -> str:
+    return f"{IDENTITY_PREFIX}{parse_uri(text)}"
+
+
+def pack(target: Target, options: AttachOptions) -> str:
+    """Both as one line, for the process that keeps the device."""
+    words = {"volume": target.volume, "identity": target.identity, "uri": str(target.uri)}
+    return json.dumps({"target": words, "options": asdict(options)})
+
+
+def unpack(line: str) -> tuple[Target, AttachOptions]:
+    document = json.loads(line)
+    words = document["target"]
+    target = Target(words["volume"], words["identity"], parse_uri(words["uri"]))
+    return target, AttachOptions(**document["options"])

@@ -1,0 +1,200 @@
+"""Attaching, as far as it goes without a kernel that has nbd: what is found, refused and said."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lhblock.device import (
+    Attached,
+    AttachOptions,
+    Host,
+    Target,
+    attach,
+    attached_devices,
+    choose,
+    detach,
+    uri_identity,
+    volume_identity,
+)
+from lhblock.device import _kernel_nbd as kernel
+from lhblock.device._nbd import keeper_runs, lock_path
+from lhblock.device._netlink import Family, attribute, nested, parse_attributes, parse_messages
+from lhblock.device._target import pack, unpack
+from lhblock.errors import DeviceError, DeviceForeign, DeviceUnavailable, NotAttached, UsageError
+
+URI = "nbd://127.0.0.1:10809/db"
+
+
+class FakeHost:
+    """Directories that look like those of a host."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("sys/module", "sys/block", "dev"):
+            (root / name).mkdir(parents=True)
+        (root / "mountinfo").touch()
+        self.host = Host(
+            sysfs=root / "sys",
+            devices=root / "dev",
+            run=root / "run",
+            mountinfo=root / "mountinfo",
+            search_path="",
+        )
+
+    def add_device(self, index: int, backend: str | None, *, sectors: int = 8) -> Path:
+        block = self.root / "sys" / "block" / f"nbd{index}"
+        block.mkdir()
+        (block / "size").write_text(f"{sectors}\n")
+        if backend is not None:
+            (block / "backend").write_text(f"{backend}\n")
+        node = self.root / "dev" / f"nbd{index}"
+        node.touch()
+        return node
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeHost:
+    return FakeHost(tmp_path)
+
+
+# ---- Netlink. "nlctrl" is the family that every kernel has: it tells about the others.
+
+
+def test_a_family_is_found_and_answers() -> None:
+    get_family, name_kind, id_kind = 3, 2, 1
+    with Family("nlctrl") as family:
+        (reply,) = family.request(get_family, attribute(name_kind, b"nlctrl\0"))
+        assert struct.unpack("=H", reply[id_kind]) == (0x10,)
+        family.join("notify").close()
+        with pytest.raises(KeyError):
+            family.join("no such group")
+
+
+def test_a_family_that_is_not_there_is_enoent() -> None:
+    with pytest.raises(OSError, match="No such file") as caught:
+        Family("lhblock-none")
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_request_the_kernel_refuses_has_its_number() -> None:
+    with Family("nlctrl") as family, pytest.raises(OSError, match="not supported") as caught:
+        family.request(200, b"")
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_attributes_are_padded_and_read_back() -> None:
+    data = attribute(1, b"abc") + nested(2, attribute(3, b"d"))
+    assert len(data) % 4 == 0
+    found = dict(parse_attributes(data))
+    assert found[1] == b"abc"
+    assert parse_attributes(found[2]) == [(3, b"d")]
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"\3\0\1\0", b"\xff\xff\1\0abcd"])
+def test_attributes_that_are_cut_off_end_the_list(data: bytes) -> None:
+    assert parse_attributes(data) == []
+    assert parse_messages(data * 4) == []
+
+
+def test_an_event_names_its_device() -> None:
+    assert kernel.dead_link(bytes(4) + attribute(1, struct.pack("=I", 7))) == 7
+    assert kernel.dead_link(bytes(4)) is None
+
+
+# ---- Which devices there are.
+
+
+def test_only_devices_with_our_identity_are_ours(fake: FakeHost) -> None:
+    fake.add_device(0, "someone else's")
+    fake.add_device(1, None)
+    ours = fake.add_device(2, "lhblock:/data/volumes/db", sectors=16)
+    found = Attached(ours, "nbd", "lhblock:/data/volumes/db", 8192)
+    assert attached_devices(fake.host) == [found]
+
+
+def test_a_foreign_device_is_refused(fake: FakeHost) -> None:
+    node = fake.add_device(0, "someone else's")
+    with pytest.raises(DeviceForeign, match="nbd0 was not attached by lhblock"):
+        detach(fake.host, device=node)
+
+
+def test_a_device_that_does_not_exist_is_said_to(fake: FakeHost) -> None:
+    with pytest.raises(NotAttached, match="does not exist"):
+        detach(fake.host, device=fake.root / "dev" / "nbd9")
+    with pytest.raises(NotAttached):
+        detach(fake.host, identity="lhblock:/data/volumes/db")
+
+
+def test_a_host_with_nothing_says_what_to_install(fake: FakeHost) -> None:
+    with pytest.raises(DeviceUnavailable, match=r"modprobe nbd.*apt install linux-image"):
+        choose(fake.host)
+    with pytest.raises(DeviceUnavailable):
+        attach(fake.host, Target.of_uri(URI), AttachOptions())
+
+
+def test_a_loaded_module_is_enough(fake: FakeHost) -> None:
+    (fake.root / "sys" / "module" / "nbd").mkdir()
+    assert choose(fake.host).name == "nbd"
+
+
+def test_where_a_device_is_mounted(fake: FakeHost) -> None:
+    number = Path("/dev/null").stat().st_rdev
+    where = f"{os.major(number)}:{os.minor(number)}"
+    (fake.root / "mountinfo").write_text(
+        f"20 1 0:5 / /dev rw - devtmpfs x rw\n21 1 {where} / /a\\040b rw - ext4 /dev/nbd0 rw\n"
+    )
+    assert fake.host.mounted_at(Path("/dev/null")) == ("/a b",)
+
+
+def test_a_keeper_is_whoever_holds_the_lock(fake: FakeHost) -> None:
+    identity = volume_identity("/data", "db")
+    assert not keeper_runs(fake.host, identity)
+    path = lock_path(fake.host, identity)
+    path.parent.mkdir()
+    with path.open("w") as file:
+        assert not keeper_runs(fake.host, identity)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert keeper_runs(fake.host, identity)
+
+
+# ---- What is attached.
+
+
+def test_the_unix_socket_is_preferred_because_its_path_stays() -> None:
+    unix = "nbd+unix:///db?socket=/run/nbd.sock"
+    target = Target.of_volume("/data", "db", [URI, unix])
+    assert str(target.uri) == unix
+    assert target.identity == volume_identity("/data", "db")
+
+
+def test_a_uri_is_the_same_volume_however_it_is_written() -> None:
+    assert uri_identity("nbd://h/db") == uri_identity("nbd://h:10809/db")
+    assert uri_identity("nbd://h/db") != uri_identity("nbd://h/db@s1")
+    with pytest.raises(UsageError):
+        Target.of_uri("http://h/db")
+
+
+def test_the_keeper_is_told_everything() -> None:
+    target, options = Target.of_uri(URI), AttachOptions(4, 5, 6, read_only=True)
+    assert unpack(pack(target, options)) == (target, options)
+
+
+def test_an_identity_that_sysfs_cannot_show_is_refused(fake: FakeHost) -> None:
+    target = Target.of_uri("nbd://h/" + "x" * 4000)
+    with pytest.raises(DeviceError, match="too long"):
+        attach(fake.host, target, AttachOptions())
+
+
+def test_a_keeper_is_small() -> None:
+    heavy = {"trio", "grpc", "click", "_cffi_backend", "pydantic", "rich"}
+    code = f"import sys, lhblock.device; print(sorted(set(sys.modules) & {heavy!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
