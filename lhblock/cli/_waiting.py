@@ -33,12 +33,20 @@ def wait_expanded(channel: VolumeChannel, volume: str) -> int:
 
 
 def wait_merged(channel: VolumeChannel, *, show: bool) -> None:
-    """Wait until nothing is left that can be merged now."""
-    wait_job(channel, channel.call(VOLUME, "MergeWait", Empty()), show=show)
+    """Wait until nothing is left that can be merged now.
+
+    An interrupt ends the waiting only: others may wait with the same job.
+    """
+    wait_job(channel, channel.call(VOLUME, "MergeWait", Empty()), show=show, cancel=False)
 
 
-def wait_job(channel: VolumeChannel, job: Any, *, show: bool) -> Any:
-    """Wait for a job and return it; on an interrupt it is cancelled. LhblockError: it failed."""
+def wait_job(channel: VolumeChannel, job: Any, *, show: bool, cancel: bool = True) -> Any:
+    """Wait for a job and return it. LhblockError: it failed.
+
+    Args:
+      show: a bar, on a terminal.
+      cancel: on an interrupt, which is raised.
+    """
     request = volume_pb2.JobGetRequest(id=job.id)
     try:
         with progress(job.kind, show=show) as advance:
@@ -47,7 +55,8 @@ def wait_job(channel: VolumeChannel, job: Any, *, show: bool) -> Any:
                 job = channel.call(VOLUME, "JobGet", request)
                 advance(job.done_bytes, job.total_bytes)
     except KeyboardInterrupt:
-        channel.call(VOLUME, "JobCancel", request)
+        if cancel:
+            channel.call(VOLUME, "JobCancel", request)
         raise
     if job.state != "complete":
         raise LhblockError(job.error or f"the {job.kind} was {job.state}")
