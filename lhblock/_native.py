@@ -34,6 +34,7 @@ MERGE_STEP_BYTES = 64 << 20
 
 STORE_DIRECT = 1
 STORE_READ_ONLY = 2
+PEER_OURS = 1
 VOLUME_READ_ONLY = 1
 IO_FUA = 1
 IO_NO_HOLE = 2
@@ -69,6 +70,30 @@ class EventType(IntEnum):
     STORE_FAILED = 1
     CONNECTION_CLOSED = 2
     OUT_OF_SPACE = 3
+    LAST_PEER_LOST = 4
+
+
+class StoreMode(IntEnum):
+    """What a volume uses a store for."""
+
+    RW = 0
+    WO = 1  # gets every change, answers no reads
+
+
+class PeerEnd(IntEnum):
+    """Why the connections of a peer were closed."""
+
+    NONE = 0
+    CLOSED = 1
+    SOCKET_ERROR = 2
+    EOF = 3
+    MID_REPLY = 4
+    TIMEOUT = 5
+    BAD_MAGIC = 6
+    BAD_SEQUENCE = 7
+    BAD_TYPE = 8
+    BAD_LENGTH = 9
+    GOODBYE = 10
 
 
 class CloseReason(IntEnum):
@@ -141,6 +166,29 @@ class NativeStatistics:
     freeze_ns_max: int
 
 
+@dataclass(frozen=True)
+class PeerStatistics:
+    """Totals of one peer since it was opened. See ``struct lhb_peer_statistics``.
+
+    Attributes:
+      ended: the errno its connections were closed with, 0 while they are not.
+      end_reason: a :class:`PeerEnd`.
+    """
+
+    frames_sent: int
+    frames_received: int
+    bytes_sent: int
+    bytes_received: int
+    errors: int
+    timeouts: int
+    in_flight: int
+    waiting: int
+    connections: int
+    ended: int
+    end_reason: int
+
+
+_PEER_STATISTICS_FIELDS = tuple(PeerStatistics.__dataclass_fields__)
 _STATISTICS_FIELDS = tuple(NativeStatistics.__dataclass_fields__)
 
 
@@ -155,6 +203,7 @@ def _module() -> Any:
         "LHB_MERGE_STEP_BYTES": MERGE_STEP_BYTES,
         "LHB_STORE_DIRECT": STORE_DIRECT,
         "LHB_STORE_READ_ONLY": STORE_READ_ONLY,
+        "LHB_PEER_OURS": PEER_OURS,
         "LHB_VOLUME_READ_ONLY": VOLUME_READ_ONLY,
         "LHB_IO_FUA": IO_FUA,
         "LHB_IO_NO_HOLE": IO_NO_HOLE,
@@ -165,6 +214,8 @@ def _module() -> Any:
         **{f"LHB_OP_{member.name}": member.value for member in Op},
         **{f"LHB_EVENT_{member.name}": member.value for member in EventType},
         **{f"LHB_CLOSE_{member.name}": member.value for member in CloseReason},
+        **{f"LHB_MODE_{member.name}": member.value for member in StoreMode},
+        **{f"LHB_PEER_END_{member.name}": member.value for member in PeerEnd},
     }
     for name, value in mirrored.items():
         native = getattr(lib, name)
@@ -315,6 +366,11 @@ class NativeEngine(_Handle):
         return Driver(self._lib.lhb_engine_driver(self.raw))
 
     @property
+    def queues(self) -> int:
+        """How many queue threads there are."""
+        return int(self._lib.lhb_engine_queues(self.raw))
+
+    @property
     def event_fd(self) -> int:
         """Readable while the ring may hold events. The engine owns it."""
         return int(self._lib.lhb_engine_event_fd(self.raw))
@@ -456,6 +512,54 @@ class NativeStore(_Handle):
         return _check("reconcile replicas", result)
 
 
+class NativePeer(_Handle):
+    """A replica of another process, as a store without files.
+
+    Args:
+      engine: outlives the peer.
+      size_bytes: of the volume.
+      flags: ``PEER_OURS`` if it knows the frames that only lhblock has.
+      reply_timeout_ms: a request that gets no reply in this time ends the peer, 1..3600000.
+    """
+
+    def __init__(
+        self, engine: NativeEngine, size_bytes: int, flags: int, reply_timeout_ms: int
+    ) -> None:
+        module = _module()
+        self._lib = module.lib
+        self._ffi = module.ffi
+        out = module.ffi.new("lhb_store **")
+        result = module.lib.lhb_peer_open(engine.raw, size_bytes, flags, reply_timeout_ms, out)
+        _check("open the peer", result)
+        super().__init__(out[0])
+        self.id = int(self._lib.lhb_store_id(out[0]))
+
+    def close(self) -> None:
+        """Close its connections. Blocking. No volume publishes the peer any more."""
+        raw = self._take()
+        if raw is not None:
+            self._lib.lhb_store_close(raw)
+
+    def add_connection(self, queue: int, socket_fd: int) -> None:
+        """Hand over a connected socket, past its hello, for the requests of one queue.
+
+        Every queue of the engine needs one before the peer is published. On success the socket
+        belongs to the core. On failure it is still the caller's.
+        """
+        result = self._lib.lhb_peer_add_connection(self.raw, queue, socket_fd)
+        _check("add a connection to the peer", result)
+
+    def resize(self, size_bytes: int) -> None:
+        """Set the size. The volume is frozen, or the peer is not published."""
+        _check("resize the peer", self._lib.lhb_peer_resize(self.raw, size_bytes))
+
+    def statistics(self) -> PeerStatistics:
+        """Totals since it was opened, and why it ended if it did."""
+        raw = self._ffi.new("struct lhb_peer_statistics *")
+        self._lib.lhb_peer_statistics(self.raw, raw)
+        return PeerStatistics(*(int(getattr(raw, name)) for name in _PEER_STATISTICS_FIELDS))
+
+
 class NativeVolume(_Handle):
     """A replica set behind one range table.
 
@@ -481,10 +585,28 @@ class NativeVolume(_Handle):
         if raw is not None:
             self._lib.lhb_volume_close(raw)
 
-    def publish(self, stores: Sequence[NativeStore]) -> None:
-        """Set the stores, all readable and writable. Before the first request, or frozen."""
+    def publish(
+        self,
+        stores: Sequence[NativeStore | NativePeer],
+        modes: Sequence[StoreMode] | None = None,
+    ) -> None:
+        """Set the stores. Before the first request, or frozen.
+
+        Args:
+          stores: of the volume's size.
+          modes: what each of them is used for; at least one is RW. By default all are.
+
+        Raises:
+          NativeError: ENOTCONN when a peer has ended, or lacks a connection of some queue. The set
+            is what it was.
+        """
+        if modes is None:
+            modes = [StoreMode.RW] * len(stores)
+        if len(modes) != len(stores):
+            raise ValueError(f"{len(stores)} stores, but {len(modes)} modes")
         array = self._ffi.new("lhb_store *[]", [store.raw for store in stores])
-        result = self._lib.lhb_volume_publish(self.raw, array, len(stores))
+        numbers = self._ffi.new("uint32_t[]", [int(mode) for mode in modes])
+        result = self._lib.lhb_volume_publish(self.raw, array, numbers, len(stores))
         _check("publish the replica set", result)
 
     def freeze(self) -> None:

@@ -22,7 +22,25 @@
 #define LHB_STORE_DIRECT 1          /* cache=none: O_DIRECT files */
 #define LHB_STORE_READ_ONLY 2       /* nothing is opened for writing */
 
+#define LHB_PEER_OURS 1             /* it knows the frames that are our own */
+
+/* Why a peer's connections were closed. */
+#define LHB_PEER_END_NONE 0         /* they were not */
+#define LHB_PEER_END_CLOSED 1       /* lhb_store_close() */
+#define LHB_PEER_END_SOCKET_ERROR 2
+#define LHB_PEER_END_EOF 3          /* it closed one, between two replies */
+#define LHB_PEER_END_MID_REPLY 4    /* it closed one, inside a reply */
+#define LHB_PEER_END_TIMEOUT 5      /* a request got no reply in time */
+#define LHB_PEER_END_BAD_MAGIC 6
+#define LHB_PEER_END_BAD_SEQUENCE 7 /* a reply to nothing that was asked */
+#define LHB_PEER_END_BAD_TYPE 8
+#define LHB_PEER_END_BAD_LENGTH 9   /* too much, or not what was asked for */
+#define LHB_PEER_END_GOODBYE 10     /* it said that it closes */
+
 #define LHB_VOLUME_READ_ONLY 1
+
+#define LHB_MODE_RW 0
+#define LHB_MODE_WO 1               /* gets every change, answers no reads */
 
 #define LHB_OP_READ 0
 #define LHB_OP_WRITE 1
@@ -38,9 +56,14 @@
 #define LHB_NBD_BASE_ALLOCATION 2   /* base:allocation is selected, id below */
 #define LHB_NBD_READ_ONLY 4
 
-#define LHB_EVENT_STORE_FAILED 1    /* fence it, then lhb_volume_fenced() */
+/* A store is used no more.  If it was RW: fence it, then lhb_volume_fenced();
+ * a WO one needs no fence. */
+#define LHB_EVENT_STORE_FAILED 1
 #define LHB_EVENT_CONNECTION_CLOSED 2
 #define LHB_EVENT_OUT_OF_SPACE 3    /* a write found no space on any replica */
+/* The connections of the only RW store, a peer, are closed.  It is not dropped,
+ * and all requests end with EIO until another set is published. */
+#define LHB_EVENT_LAST_PEER_LOST 4
 
 #define LHB_CLOSE_CLIENT 0          /* NBD_CMD_DISC */
 #define LHB_CLOSE_EOF 1             /* peer vanished between requests */
@@ -90,6 +113,17 @@ struct lhb_statistics {
   uint64_t freeze_ns_max;           /* longest pause of I/O so far */
 };
 
+struct lhb_peer_statistics {
+  uint64_t frames_sent, frames_received;
+  uint64_t bytes_sent, bytes_received;
+  uint64_t errors;                  /* replies that were errors */
+  uint64_t timeouts;
+  uint64_t in_flight, waiting;      /* frames, now */
+  uint64_t connections;             /* open now */
+  int32_t ended;                    /* errno; 0: it has not */
+  uint32_t end_reason;              /* LHB_PEER_END_* */
+};
+
 /* ---- Engine: the queue threads, the worker pool, the event ring. */
 
 int lhb_engine_open (const struct lhb_engine_options *options,
@@ -98,6 +132,7 @@ int lhb_engine_open (const struct lhb_engine_options *options,
 void lhb_engine_close (lhb_engine *engine);
 /* LHB_DRIVER_URING or LHB_DRIVER_POOL: what lhb_engine_open chose. */
 int lhb_engine_driver (const lhb_engine *engine);
+uint32_t lhb_engine_queues (const lhb_engine *engine);
 int lhb_engine_event_fd (const lhb_engine *engine);
 /* 1 and an event, or 0 when the ring is empty.  Clear the eventfd before. */
 int lhb_engine_next_event (lhb_engine *engine, struct lhb_event *event_out);
@@ -131,6 +166,7 @@ uint64_t lhb_crc64 (uint64_t crc, const void *data, size_t length_bytes);
 /* 'dir_fd' is duplicated. */
 int lhb_store_open (lhb_engine *engine, int dir_fd, uint64_t size_bytes,
                     uint32_t flags, lhb_store **store_out);
+/* Blocking for a peer: waits until its connections are closed. */
 void lhb_store_close (lhb_store *store);
 uint64_t lhb_store_id (const lhb_store *store);
 /* Add the next newer layer (call oldest first; the last one added is the head
@@ -159,6 +195,23 @@ int lhb_store_rename_discard (lhb_store *store, int layer,
 /* fdatasync of every layer and discard file with unsynced data.  Blocking. */
 int lhb_store_sync (lhb_store *store);
 uint64_t lhb_store_map_bytes (const lhb_store *store);
+
+/* ---- Peer: a replica of another process, as a store without files.
+ *
+ * Of the functions of a store it has lhb_store_id and lhb_store_close. */
+
+/* 'flags': LHB_PEER_*.  A request that gets no reply within 'reply_timeout_ms'
+ * (1 ms to 1 h) ends the peer. */
+int lhb_peer_open (lhb_engine *engine, uint64_t size_bytes, uint32_t flags,
+                   uint32_t reply_timeout_ms, lhb_store **store_out);
+/* A connected stream socket, past its hello, for one queue's requests.  On
+ * success it belongs to the core.  Every queue needs one, and may have up to 8,
+ * before the peer is published.  -ENOTCONN: the peer has ended. */
+int lhb_peer_add_connection (lhb_store *peer, uint32_t queue, int socket_fd);
+/* Volume frozen, or not published: the replica has this size now. */
+int lhb_peer_resize (lhb_store *peer, uint64_t size_bytes);
+void lhb_peer_statistics (lhb_store *peer,
+                          struct lhb_peer_statistics *statistics_out);
 
 /* ---- Merging a removed layer away (docs/internals/snapshots.md).
  *
@@ -204,9 +257,12 @@ int lhb_volume_open (lhb_engine *engine, uint64_t size_bytes, uint32_t flags,
  * are not closed. */
 void lhb_volume_close (lhb_volume *volume);
 uint64_t lhb_volume_id (const lhb_volume *volume);
-/* Publish the replica set, all readable and writable.  Before the first
- * request or with the volume frozen. */
-int lhb_volume_publish (lhb_volume *volume, lhb_store **stores, uint32_t count);
+/* Publish the replica set.  'modes' has an LHB_MODE_* for each store, one of
+ * them RW; NULL: all are RW.  Before the first request or with the volume
+ * frozen.  -ENOTCONN: a peer among them has ended, or lacks a connection of
+ * some queue; the set is what it was. */
+int lhb_volume_publish (lhb_volume *volume, lhb_store **stores,
+                        const uint32_t *modes, uint32_t count);
 /* Blocking: waits for all I/O in flight and keeps new I/O waiting. */
 int lhb_volume_freeze (lhb_volume *volume);
 void lhb_volume_thaw (lhb_volume *volume);

@@ -17,7 +17,11 @@
   X (MERGE_COPY, "merge.copy")                                                \
   X (MAP_ALLOC, "map.alloc")                                                  \
   X (SOCKET_SEND, "socket.send")                                              \
-  X (SOCKET_RECEIVE, "socket.receive")
+  X (SOCKET_RECEIVE, "socket.receive")                                        \
+  X (PEER_ALLOC, "peer.alloc")                                                \
+  X (PEER_WATCH, "peer.watch")                                                \
+  X (PEER_SEND, "peer.send")                                                  \
+  X (PEER_RECEIVE, "peer.receive")
 
 enum lhb_fault_point {
 #define X(name, text) LHB_FAULT_##name,

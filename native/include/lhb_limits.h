@@ -9,6 +9,8 @@
 
 /* Largest READ or WRITE; announced to NBD clients. */
 #define LHB_PAYLOAD_BYTES_MAX (32u << 20)
+/* Blocks that the largest one touches, if its ends are inside blocks. */
+#define LHB_SPAN_BLOCKS_MAX 8193
 /* A refused WRITE up to this size is read and thrown away; beyond it the
  * connection is closed. */
 #define LHB_SKIP_BYTES_MAX (64u << 20)
@@ -26,6 +28,18 @@
 #define LHB_CONN_RECEIVE_BYTES (256u << 10)
 #define LHB_CONN_SEND_IOV_MAX 128
 #define LHB_TURN_RECEIVES_MAX 4         /* recv calls a connection has a turn */
+
+/* Remote replicas.  Frames in flight on one connection; what does not fit
+ * waits, and each that waits belongs to a request slot. */
+#define LHB_PEER_IN_FLIGHT_MAX 128
+#define LHB_PEER_CONNECTIONS_MAX 8      /* of one queue to one peer */
+#define LHB_PEER_RECEIVE_BYTES (256u << 10)
+#define LHB_PEER_TEXT_BYTES_MAX 4096    /* of an error */
+#define LHB_PEER_SEND_IOV_MAX 128
+#define LHB_PEER_ZERO_BYTES (1u << 20)  /* one write of zeros */
+/* A peer is as far away as so many bytes waiting at a local disk. */
+#define LHB_PEER_FARTHER_BYTES (1u << 20)
+#define LHB_PEER_TIMEOUT_MS_MAX 3600000u
 
 #define LHB_REQUEST_IOS_MAX 8           /* system calls in flight per request */
 /* Larger page-cache copies leave the queue thread for the driver, so that two

@@ -12,12 +12,21 @@
  *
  * Types from LHB_FRAME_OURS on are lhblock's own.  An engine sends them only
  * to a replica that has said that it is lhblock.
+ *
+ * The 'size' of an Error reply to a change (WRITE, UNMAP, TRIM, ZERO) is how
+ * many bytes of it were done, from its first whole block on, or
+ * LHB_FRAME_UNSURE.  Longhorn sends the length of the text there, and no
+ * client of Longhorn's looks at it.
  */
 #ifndef LHB_REPLICA_WIRE_H
 #define LHB_REPLICA_WIRE_H
 
+#include <stddef.h>
+#include <stdint.h>
+
 #define LHB_FRAME_MAGIC 0x1b01
 #define LHB_FRAME_BYTES 26
+#define LHB_FRAME_UNSURE 0xffffffffu    /* some part was done, which is unknown */
 
 enum {
   LHB_FRAME_READ = 0,
@@ -35,7 +44,17 @@ enum {
   LHB_FRAME_TRIM = 0x4c02,      /* reads as zeros afterwards, to the byte */
   LHB_FRAME_ZERO = 0x4c03,
   LHB_FRAME_ZERO_NO_HOLE = 0x4c04,
-  LHB_FRAME_OURS_END = 0x4c05,
+  /* Opens a data connection: u64 epoch, 16 bytes id of the engine.  Answered
+   * before the core gets the socket; the core does not know it. */
+  LHB_FRAME_HELLO = 0x4c05,
+  /* Refused with "operation not supported" where zeros would be written. */
+  LHB_FRAME_ZERO_FAST = 0x4c06,
+  LHB_FRAME_ZERO_FAST_NO_HOLE = 0x4c07,
 };
+
+/* The text of an Error reply for an errno, and the errno of a text: Longhorn's
+ * engines and replicas tell errors apart by words in it. */
+const char *lhb_frame_error_text (uint32_t error);
+int lhb_frame_error_of (const char *text, size_t length_bytes);
 
 #endif

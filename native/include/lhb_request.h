@@ -14,6 +14,7 @@
 
 #include "lhb_io.h"
 #include "lhb_limits.h"
+#include "lhb_peer.h"
 #include "lhb_range.h"
 #include "lhb_store.h"
 #include "lhb_contract.h"
@@ -33,10 +34,12 @@ struct lhb_leg {
   struct lhb_job job;
   struct lhb_sync_wait sync;
   struct lhb_message synced;
+  struct lhb_peer_call call;    /* if the replica is a peer */
   uint64_t done_bytes;          /* written or zeroed, from the start on */
   bool unsure;                  /* and then some part that is not known */
   int error;
   bool used;
+  bool is_wo;                   /* its replica answers no reads */
 };
 
 struct lhb_request {
@@ -57,6 +60,9 @@ struct lhb_request {
 
   /* Result. */
   int error;                    /* 0 or -errno */
+  /* Of a change that failed, on the replicas that stay; as in lhb_leg. */
+  uint64_t done_bytes;
+  bool unsure;
 
   /* The request's own. */
   uint64_t first_block;

@@ -29,6 +29,7 @@ struct lhb_sync_wait {
 
 struct lhb_store {
   struct lhb_engine *engine;
+  struct lhb_peer *peer;        /* NULL: files of this host, all of the rest */
   uint64_t id;
   int dir_fd;
   uint32_t flags;               /* LHB_STORE_* */
@@ -56,7 +57,7 @@ struct lhb_store {
   _Atomic bool makes_zeros;     /* the file system can: FALLOC_FL_ZERO_RANGE */
 
   _Atomic uint64_t slow_until_ns;       /* buffered writes avoid the queue */
-  _Atomic uint64_t outstanding_bytes;   /* reads at the driver */
+  _Atomic uint64_t outstanding_bytes;   /* reads at the driver or peer */
 };
 
 static inline bool
@@ -74,6 +75,10 @@ lhb_store_run_fd (const struct lhb_store *store, uint8_t layer)
   return atomic_load_explicit (&store->layers[id].fd, memory_order_acquire);
 }
 
+/* A store that has nothing yet, for lhb_store_open and lhb_peer_open; NULL:
+ * no memory. */
+struct lhb_store *lhb_store_make (struct lhb_engine *engine,
+                                  uint64_t size_bytes);
 /* Read whole blocks from the page cache only.  0; -EAGAIN when some block is
  * not there (part of 'buffer' may be filled); -errno.  Never blocks. */
 int lhb_store_try_read (struct lhb_store *store, uint64_t block,

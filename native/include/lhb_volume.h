@@ -13,9 +13,11 @@
 
 enum lhb_store_state {
   LHB_STATE_RW,
+  LHB_STATE_WO,                 /* gets every change, answers no reads */
   LHB_STATE_FAILED,             /* dropped; acknowledgements that depend on it
                                    wait for the fence */
-  LHB_STATE_GONE,               /* the others name it stale, durably */
+  LHB_STATE_GONE,               /* the others name it stale, durably; or it
+                                   was WO, so that nobody has to */
 };
 
 /* Counters, in the order and meaning of struct lhb_statistics. */
@@ -65,6 +67,11 @@ struct lhb_volume {
 void lhb_volume_fail_store (struct lhb_volume *volume, uint32_t index,
                             int error, uint64_t offset_bytes,
                             uint64_t length_bytes);
+/* The same for a peer whose connections are closed, whenever that happens.
+ * The caller holds the peer's lock, so the event is its to post: true. */
+bool lhb_volume_lose_peer (struct lhb_volume *volume,
+                           const struct lhb_store *store, int error,
+                           struct lhb_event *event_out);
 /* A write found no space anywhere; posts at most one event a second. */
 void lhb_volume_report_full (struct lhb_volume *volume, uint64_t offset_bytes);
 /* True: the request was put aside until the failed stores are fenced. */

@@ -112,6 +112,12 @@ lhb_engine_driver (const lhb_engine *engine)
   return (int) engine->driver;
 }
 
+uint32_t
+lhb_engine_queues (const lhb_engine *engine)
+{
+  return engine->queue_count;
+}
+
 int
 lhb_engine_event_fd (const lhb_engine *engine)
 {

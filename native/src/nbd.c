@@ -156,13 +156,14 @@ lhb_volume_block_status (lhb_volume *volume, uint64_t offset_bytes,
   for (uint32_t i = 0; i < volume->store_count && map == NULL; i++)
     if (atomic_load (&volume->states[i]) == LHB_STATE_RW)
       map = volume->stores[i]->map;
-  if (map == NULL)
-    return -EIO;
   for (uint32_t runs = 0; block < last && runs < STATUS_RUNS_MAX; runs++)
     {
       uint64_t left = last - block;
-      struct lhb_run run = lhb_map_lookup (
-          map, block, left > UINT32_MAX ? UINT32_MAX : (uint32_t) left);
+      uint32_t most = left > UINT32_MAX ? UINT32_MAX : (uint32_t) left;
+      /* Of what only peers have nothing is known: it counts as data. */
+      struct lhb_run run
+          = map != NULL ? lhb_map_lookup (map, block, most)
+                        : (struct lhb_run) { most, LHB_MAP_HEAD };
       uint32_t state
           = run.layer == LHB_MAP_ZERO ? NBD_STATE_HOLE | NBD_STATE_ZERO : 0;
       uint64_t run_end = (block + run.blocks) << LHB_BLOCK_SHIFT;
@@ -222,7 +223,8 @@ probe_cache (struct lhb_request *request)
   uint64_t last = request->claim.last_block;
 
   for (uint32_t i = 0; i < volume->store_count; i++)
-    if (atomic_load (&volume->states[i]) == LHB_STATE_RW)
+    if (atomic_load (&volume->states[i]) == LHB_STATE_RW
+        && volume->stores[i]->peer == NULL)
       lhb_store_prefetch (volume->stores[i], request->first_block,
                           last - request->first_block + 1);
 }

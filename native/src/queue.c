@@ -9,6 +9,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -29,6 +30,7 @@ struct message_list {
 
 struct lhb_queue {
   struct lhb_engine *engine;
+  uint32_t index;
   pthread_t thread;
   int epoll_fd, wake_fd;
   struct lhb_pollable wake, ring;
@@ -39,6 +41,8 @@ struct lhb_queue {
 
   struct message_list local;    /* posted by the queue's own thread */
   struct lhb_turn_end *turn_ends;
+  struct lhb_timer *timers;     /* in no order: there are few */
+  uint64_t next_deadline_ns;    /* of them, or earlier; UINT64_MAX: none */
 
   pthread_mutex_t lock;         /* the two below */
   struct message_list inbox;
@@ -83,6 +87,12 @@ lhb_queue_engine (struct lhb_queue *queue)
   return queue->engine;
 }
 
+uint32_t
+lhb_queue_index (const struct lhb_queue *queue)
+{
+  return queue->index;
+}
+
 void
 lhb_queue_post (struct lhb_queue *queue, struct lhb_message *message)
 {
@@ -112,6 +122,89 @@ lhb_queue_at_turn_end (struct lhb_queue *queue, struct lhb_turn_end *turn_end)
   turn_end->asked = 1;
   turn_end->next = queue->turn_ends;
   queue->turn_ends = turn_end;
+}
+
+/* ---- Timers. */
+
+void
+lhb_queue_arm (struct lhb_queue *queue, struct lhb_timer *timer,
+               uint64_t deadline_ns)
+{
+  assert (queue == current_queue);
+  if (timer->armed)
+    return;
+  timer->armed = true;
+  timer->deadline_ns = deadline_ns;
+  timer->prev = NULL;
+  timer->next = queue->timers;
+  if (timer->next != NULL)
+    timer->next->prev = timer;
+  queue->timers = timer;
+  if (deadline_ns < queue->next_deadline_ns)
+    queue->next_deadline_ns = deadline_ns;
+}
+
+void
+lhb_queue_disarm (struct lhb_queue *queue, struct lhb_timer *timer)
+{
+  assert (queue == current_queue);
+  if (!timer->armed)
+    return;
+  timer->armed = false;
+  if (timer->prev != NULL)
+    timer->prev->next = timer->next;
+  else
+    queue->timers = timer->next;
+  if (timer->next != NULL)
+    timer->next->prev = timer->prev;
+}
+
+/* One timer fires in a pass, for it may arm and disarm others. */
+static bool
+fire_one_timer (struct lhb_queue *queue, uint64_t now_ns)
+{
+  struct lhb_timer *timer;
+
+  queue->next_deadline_ns = UINT64_MAX;
+  for (timer = queue->timers; timer != NULL; timer = timer->next)
+    {
+      if (timer->deadline_ns <= now_ns)
+        {
+          lhb_queue_disarm (queue, timer);
+          queue->next_deadline_ns = 0;  /* look again */
+          timer->fire (timer);
+          return true;
+        }
+      if (timer->deadline_ns < queue->next_deadline_ns)
+        queue->next_deadline_ns = timer->deadline_ns;
+    }
+  return false;
+}
+
+static void
+fire_timers (struct lhb_queue *queue)
+{
+  uint64_t now_ns;
+
+  if (queue->next_deadline_ns == UINT64_MAX)
+    return;
+  now_ns = lhb_now_ns ();
+  while (queue->next_deadline_ns <= now_ns && fire_one_timer (queue, now_ns))
+    ;
+}
+
+/* How long epoll may sleep: rounded up, so that it is not woken too early. */
+static int
+sleep_ms (const struct lhb_queue *queue, uint64_t awake_until_ns)
+{
+  uint64_t now_ns = lhb_now_ns (), ms;
+
+  if (now_ns < awake_until_ns || queue->next_deadline_ns <= now_ns)
+    return 0;
+  if (queue->next_deadline_ns == UINT64_MAX)
+    return -1;
+  ms = (queue->next_deadline_ns - now_ns + 999999) / 1000000;
+  return ms < INT_MAX ? (int) ms : INT_MAX;
 }
 
 static int
@@ -214,7 +307,7 @@ queue_main (void *argument)
                   || (queue->uring != NULL
                       && lhb_uring_unsubmitted (queue->uring) > 0);
       int count = epoll_wait (queue->epoll_fd, events, LHB_EPOLL_EVENTS,
-                              busy || lhb_now_ns () < awake_until_ns ? 0 : -1);
+                              busy ? 0 : sleep_ms (queue, awake_until_ns));
 
       if (count == -1 && errno != EINTR)
         abort ();
@@ -229,6 +322,7 @@ queue_main (void *argument)
           take_inbox (queue);
           awake_until_ns = lhb_now_ns () + LHB_AWAKE_NS;
         }
+      fire_timers (queue);
       handle_messages (list_take_all (&queue->local));
       lhb_batches_run (queue->batches);
       handle_messages (list_take_all (&queue->local));
@@ -314,6 +408,8 @@ lhb_queue_open (struct lhb_engine *engine, uint32_t index,
   if (queue == NULL)
     return -ENOMEM;
   queue->engine = engine;
+  queue->index = index;
+  queue->next_deadline_ns = UINT64_MAX;
   queue->epoll_fd = queue->wake_fd = -1;
   queue->stop.handle = handle_stop;
   list_init (&queue->local);

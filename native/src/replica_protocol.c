@@ -28,7 +28,8 @@ is_request (uint32_t type)
 {
   return type == LHB_FRAME_READ || type == LHB_FRAME_WRITE
          || type == LHB_FRAME_PING || type == LHB_FRAME_UNMAP
-         || (type >= LHB_FRAME_OURS && type < LHB_FRAME_OURS_END);
+         || (type >= LHB_FRAME_FLUSH && type <= LHB_FRAME_ZERO_NO_HOLE)
+         || type == LHB_FRAME_ZERO_FAST || type == LHB_FRAME_ZERO_FAST_NO_HOLE;
 }
 
 static uint32_t
@@ -46,8 +47,11 @@ judge (const struct lhb_connection *connection, const struct lhb_call *call)
   if (call->offset_bytes > size
       || call->length_bytes > size - call->offset_bytes)
     return EOVERFLOW;
+  /* The largest slab, so one block more where an engine widened a write. */
   if ((call->type == LHB_FRAME_READ || is_write (call->type))
-      && call->length_bytes > LHB_PAYLOAD_BYTES_MAX)
+      && (call->length_bytes > LHB_PAYLOAD_BYTES_MAX + LHB_BLOCK_BYTES
+          || lhb_request_span_blocks (call->offset_bytes, call->length_bytes)
+                 > LHB_SPAN_BLOCKS_MAX))
     return EMSGSIZE;
   return 0;
 }
@@ -141,11 +145,12 @@ prepare (struct lhb_request *request, uint16_t type)
     case LHB_FRAME_TRIM:
       request->op = LHB_OP_TRIM;
       return request->length_bytes > 0;
-    case LHB_FRAME_ZERO_NO_HOLE:
-      request->flags = LHB_IO_NO_HOLE;
-      /* fall through */
     default:
       request->op = LHB_OP_ZERO;
+      if (type == LHB_FRAME_ZERO_NO_HOLE || type == LHB_FRAME_ZERO_FAST_NO_HOLE)
+        request->flags |= LHB_IO_NO_HOLE;
+      if (type == LHB_FRAME_ZERO_FAST || type == LHB_FRAME_ZERO_FAST_NO_HOLE)
+        request->flags |= LHB_IO_FAST_ZERO;
       return request->length_bytes > 0;
     }
 }
@@ -177,28 +182,21 @@ execute (struct lhb_slot *slot)
     lhb_connection_reply (slot, 0);     /* nothing to do is done */
 }
 
-/* Engines look for some of these words. */
-static const char *
-error_text (uint32_t error)
+static bool
+is_change (uint16_t type)
 {
-  switch (error)
-    {
-    case ENOSPC:
-    case EDQUOT:
-      return "no space left on device";
-    case EOVERFLOW:
-      return "unexpected EOF";
-    case EMSGSIZE:
-      return "request is too large";
-    case EROFS:
-      return "read-only file system";
-    case EOPNOTSUPP:
-      return "operation not supported";
-    case ENOMEM:
-      return "cannot allocate memory";
-    default:
-      return "input/output error";
-    }
+  return is_write (type) || type == LHB_FRAME_UNMAP
+         || type >= LHB_FRAME_TRIM;
+}
+
+/* What an Error reply says of a change: how much of it is done. */
+static uint32_t
+done_bytes (const struct lhb_slot *slot)
+{
+  if (slot->call.refusal)
+    return 0;
+  return slot->request.unsure ? LHB_FRAME_UNSURE
+                              : (uint32_t) slot->request.done_bytes;
 }
 
 static void
@@ -213,10 +211,12 @@ format_reply (struct lhb_slot *slot, uint32_t error)
   slot->reply_bytes = LHB_FRAME_BYTES;
   if (error)
     {
-      const char *text = error_text (error);
+      const char *text = lhb_frame_error_text (error);
 
       type = LHB_FRAME_ERROR;
       payload = size = (uint32_t) strlen (text);
+      if (is_change (call->type))
+        size = done_bytes (slot);
       memcpy (slot->reply + LHB_FRAME_BYTES, text, payload);
       slot->reply_bytes += payload;
       slot->payload_bytes = 0;

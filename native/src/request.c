@@ -179,6 +179,8 @@ lhb_request_start (struct lhb_request *request)
   assert (request->op < LHB_OP_COUNT);
   assert (request->op == LHB_OP_FLUSH || request->length_bytes > 0);
   request->error = 0;
+  request->done_bytes = 0;
+  request->unsure = false;
   request->tried_mask = 0;
   request->start_ns = lhb_now_ns ();
   lhb_count (&volume->counters.in_flight, 1);

@@ -31,14 +31,23 @@ run_zero (struct lhb_job *job)
 }
 
 static void handle_zero_done (struct lhb_message *message);
+static void zero_call_done (struct lhb_peer_call *call);
 
 static void
 submit_zero (struct lhb_leg *leg)
 {
+  struct lhb_request *request = leg->request;
+  uint32_t index = (uint32_t) (leg - request->legs);
+
+  if (request->volume->stores[index]->peer != NULL)
+    {
+      lhb_leg_start_call (leg, index, request->op, zero_call_done);
+      return;
+    }
   leg->job.run = run_zero;
   leg->job.done.handle = handle_zero_done;
-  leg->job.queue = leg->request->queue;
-  lhb_pool_submit (leg->request->volume->engine->pool, &leg->job);
+  leg->job.queue = request->queue;
+  lhb_pool_submit (request->volume->engine->pool, &leg->job);
 }
 
 /* Some replicas were fast, or came further, and others can not be: the slow way
@@ -65,21 +74,31 @@ retry_slow_legs (struct lhb_request *request)
   if (slow == 0 || (good == 0 && least == most))
     return false;
   request->flags &= ~(uint32_t) LHB_IO_FAST_ZERO;
-  request->pending = slow;
+  request->pending = slow + 1;
   for (uint32_t i = 0; i < count; i++)
     if (request->legs[i].used && request->legs[i].error == -EOPNOTSUPP)
       submit_zero (&request->legs[i]);
+  lhb_request_end_leg (request);
   return true;
+}
+
+static void
+end_zero_leg (struct lhb_request *request)
+{
+  if (request->pending > 1 || !retry_slow_legs (request))
+    lhb_request_end_leg (request);
 }
 
 static void
 handle_zero_done (struct lhb_message *message)
 {
-  struct lhb_request *request
-      = lhb_container_of (message, struct lhb_leg, job.done)->request;
+  end_zero_leg (lhb_container_of (message, struct lhb_leg, job.done)->request);
+}
 
-  if (request->pending > 1 || !retry_slow_legs (request))
-    lhb_request_end_leg (request);
+static void
+zero_call_done (struct lhb_peer_call *call)
+{
+  end_zero_leg (lhb_leg_of_call (call)->request);
 }
 
 void
@@ -91,7 +110,7 @@ lhb_request_zero (struct lhb_request *request)
   for (uint32_t i = 0; i < volume->store_count; i++)
     if (request->legs[i].used)
       submit_zero (&request->legs[i]);
-  lhb_request_end_leg (request);
+  end_zero_leg (request);
 }
 
 static void
@@ -112,6 +131,12 @@ sync_done (struct lhb_sync_wait *wait, int error)
   lhb_queue_post (leg->request->queue, &leg->synced);
 }
 
+static void
+flush_call_done (struct lhb_peer_call *call)
+{
+  lhb_request_end_leg (lhb_leg_of_call (call)->request);
+}
+
 void
 lhb_request_flush (struct lhb_request *request)
 {
@@ -124,6 +149,11 @@ lhb_request_flush (struct lhb_request *request)
 
       if (!leg->used)
         continue;
+      if (volume->stores[i]->peer != NULL)
+        {
+          lhb_leg_start_call (leg, i, LHB_OP_FLUSH, flush_call_done);
+          continue;
+        }
       leg->sync.done = sync_done;
       lhb_store_sync_async (volume->stores[i], &leg->sync);
     }

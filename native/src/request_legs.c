@@ -20,10 +20,11 @@ choose_model (const struct lhb_request *request)
       const struct lhb_leg *leg = &request->legs[i];
       uint32_t count = 0;
 
-      if (!leg->used)
+      if (!leg->used || leg->is_wo)
         continue;
       for (uint32_t j = 0; j < stores && !leg->unsure; j++)
-        count += request->legs[j].used && !request->legs[j].unsure
+        count += request->legs[j].used && !request->legs[j].is_wo
+                 && !request->legs[j].unsure
                  && request->legs[j].done_bytes == leg->done_bytes;
       if (request->op == LHB_OP_WRITE && count > 1)
         count = 1;              /* the furthest, for its client retries */
@@ -45,13 +46,15 @@ is_like_model (const struct lhb_request *request, uint32_t index,
   const struct lhb_leg *leg = &request->legs[index];
 
   return index == model
-         || (!leg->unsure && !request->legs[model].unsure
+         || (leg->error && !leg->unsure && !request->legs[model].unsure
              && leg->done_bytes == request->legs[model].done_bytes);
 }
 
 /* Judge the replicas' results: one that failed where another succeeded is
  * dropped.  The request succeeded if every replica that is still RW did it;
- * the last RW replica is never dropped, so its failure is the client's. */
+ * the last RW replica is never dropped, so its failure is the client's.  A WO
+ * one has no say, and goes when it is not like the others, even if it alone
+ * could do it. */
 static void
 judge_legs (struct lhb_request *request)
 {
@@ -64,7 +67,7 @@ judge_legs (struct lhb_request *request)
     {
       struct lhb_leg *leg = &request->legs[i];
 
-      any_good |= leg->used && leg->error == 0;
+      any_good |= leg->used && !leg->is_wo && leg->error == 0;
     }
   if (!any_good)
     model = choose_model (request);
@@ -72,18 +75,21 @@ judge_legs (struct lhb_request *request)
     {
       struct lhb_leg *leg = &request->legs[i];
 
-      if (!leg->used || leg->error == 0)
-        continue;
-      if (any_good || !is_like_model (request, i, model))
-        lhb_volume_fail_store (volume, i, -leg->error, request->offset_bytes,
-                               request->length_bytes);
+      if (leg->used
+          && (any_good ? leg->error != 0 : !is_like_model (request, i, model)))
+        lhb_volume_fail_store (volume, i, leg->error ? -leg->error : EIO,
+                               request->offset_bytes, request->length_bytes);
     }
   for (uint32_t i = 0; i < volume->store_count; i++)
     if (request->legs[i].used && lhb_request_is_rw (volume, i))
       {
         rw++;
         if (request->legs[i].error)
-          error = request->legs[i].error;
+          {
+            error = request->legs[i].error;
+            request->done_bytes = request->legs[i].done_bytes;
+            request->unsure = request->legs[i].unsure;
+          }
       }
   request->error = rw == 0 ? -EIO : error;
   if (request->error == -ENOSPC)
@@ -104,9 +110,10 @@ run_settle (struct lhb_job *job)
     {
       struct lhb_leg *leg = &request->legs[i];
 
-      if (leg->used && leg->error
-          && lhb_store_settle (request->volume->stores[i], first, end - first)
-                 != 0)
+      struct lhb_store *store = request->volume->stores[i];
+
+      if (leg->used && leg->error && store->peer == NULL
+          && lhb_store_settle (store, first, end - first) != 0)
         leg->unsure = true;
     }
 }
@@ -122,7 +129,8 @@ handle_settled (struct lhb_message *message)
 }
 
 /* A change that failed may have left in a head's file what its map does not
- * know; nobody else sees the range until that is put right. */
+ * know; nobody else sees the range until that is put right.  A peer does that
+ * itself before it replies. */
 static bool
 needs_settling (const struct lhb_request *request)
 {
@@ -130,6 +138,7 @@ needs_settling (const struct lhb_request *request)
 
   for (uint32_t i = 0; i < request->volume->store_count; i++)
     any |= request->legs[i].used && request->legs[i].error
+           && request->volume->stores[i]->peer == NULL
            && request->legs[i].error != -EOPNOTSUPP;
   return any && request->op != LHB_OP_FLUSH;
 }
@@ -157,9 +166,12 @@ lhb_request_enlist (struct lhb_request *request)
   for (uint32_t i = 0; i < volume->store_count; i++)
     {
       struct lhb_leg *leg = &request->legs[i];
+      uint8_t state = atomic_load_explicit (&volume->states[i],
+                                            memory_order_acquire);
 
       leg->request = request;
-      leg->used = lhb_request_is_rw (volume, i);
+      leg->is_wo = state == LHB_STATE_WO;
+      leg->used = state == LHB_STATE_RW || leg->is_wo;
       leg->error = 0;
       leg->done_bytes = 0;
       leg->unsure = false;

@@ -7,9 +7,10 @@
 #include "lhb_request_steps.h"
 #include "lhb_util.h"
 
-/* The replica with the least reads outstanding at its disk; among equals the
- * one that the region belongs to, so that the page cache of each file holds a
- * different part of the volume. */
+/* The replica with the least reads outstanding at its disk, a peer being some
+ * way behind those of this host; among equals the one that the region belongs
+ * to, so that the page cache of each file holds a different part of the
+ * volume. */
 int
 lhb_request_choose_source (const struct lhb_request *request)
 {
@@ -30,6 +31,8 @@ lhb_request_choose_source (const struct lhb_request *request)
         continue;
       outstanding = atomic_load_explicit (
           &volume->stores[index]->outstanding_bytes, memory_order_relaxed);
+      if (volume->stores[index]->peer != NULL)
+        outstanding += LHB_PEER_FARTHER_BYTES;
       if (outstanding < least)
         {
           least = outstanding;
@@ -39,8 +42,8 @@ lhb_request_choose_source (const struct lhb_request *request)
   return best;
 }
 
-static void
-finish_read_attempt (struct lhb_request *request, int error)
+void
+lhb_request_end_read (struct lhb_request *request, int error)
 {
   struct lhb_volume *volume = request->volume;
 
@@ -79,7 +82,7 @@ handle_read_job (struct lhb_message *message)
   struct lhb_store *store = request->volume->stores[request->source];
 
   atomic_fetch_sub (&store->outstanding_bytes, request->length_bytes);
-  finish_read_attempt (request, request->legs[0].error);
+  lhb_request_end_read (request, request->legs[0].error);
 }
 
 static void
@@ -100,7 +103,7 @@ read_io_done (struct lhb_io *io)
   for (uint32_t i = 0; i < LHB_REQUEST_IOS_MAX; i++)
     if (request->legs[i].used && request->legs[i].error)
       error = request->legs[i].error;
-  finish_read_attempt (request, error);
+  lhb_request_end_read (request, error);
 }
 
 /* One io for each run that has data.  False: too many runs, nothing done. */
@@ -162,7 +165,7 @@ read_at_driver (struct lhb_request *request, struct lhb_store *store)
   if (request->pending == 0)
     {
       atomic_fetch_sub (&store->outstanding_bytes, request->length_bytes);
-      finish_read_attempt (request, 0);
+      lhb_request_end_read (request, 0);
       return;
     }
   for (uint32_t i = 0, count = request->pending; i < count; i++)
@@ -186,6 +189,12 @@ lhb_request_read (struct lhb_request *request)
   request->source = (uint32_t) source;
   request->tried_mask |= 1u << source;
   store = request->volume->stores[source];
+  if (store->peer != NULL)
+    {
+      lhb_count (&request->volume->counters.driver_reads, 1);
+      lhb_request_read_peer (request);
+      return;
+    }
   if (request->length_bytes <= LHB_INLINE_BYTES_MAX)
     err = lhb_store_try_read (store, request->first_block,
                               request->block_count, request->buffer);
@@ -195,5 +204,5 @@ lhb_request_read (struct lhb_request *request)
       return;
     }
   lhb_count (&request->volume->counters.inline_reads, 1);
-  finish_read_attempt (request, err);
+  lhb_request_end_read (request, err);
 }

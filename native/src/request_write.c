@@ -103,6 +103,12 @@ write_at_driver (struct lhb_request *request, struct lhb_store *store,
   lhb_io_start (io);
 }
 
+static void
+write_call_done (struct lhb_peer_call *call)
+{
+  lhb_request_end_leg (lhb_leg_of_call (call)->request);
+}
+
 static bool
 may_write_inline (const struct lhb_request *request,
                   const struct lhb_store *store)
@@ -128,6 +134,12 @@ write_to_replicas (struct lhb_request *request)
 
       if (!leg->used)
         continue;
+      if (store->peer != NULL)
+        {
+          inline_all = false;
+          lhb_leg_start_call (leg, i, LHB_OP_WRITE, write_call_done);
+          continue;
+        }
       leg->error = atomic_load_explicit (&store->sync_failed,
                                          memory_order_relaxed)
                        ? -EIO
@@ -190,7 +202,7 @@ read_edges (struct lhb_request *request, struct lhb_store *store,
 }
 
 /* In a worker.  A replica that cannot be read is not dropped for this: if it
- * is bad, its write or a client's read will tell. */
+ * is bad, its write or a client's read will tell.  Peers come after. */
 static void
 run_edges (struct lhb_job *job)
 {
@@ -200,9 +212,12 @@ run_edges (struct lhb_job *job)
 
   request->error = -EIO;
   for (uint32_t i = 0; i < volume->store_count && request->error; i++)
-    if (lhb_request_is_rw (volume, i))
-      request->error
-          = read_edges (request, volume->stores[i], lhb_store_read);
+    if (lhb_request_is_rw (volume, i) && volume->stores[i]->peer == NULL)
+      {
+        request->tried_mask |= 1u << i;
+        request->error
+            = read_edges (request, volume->stores[i], lhb_store_read);
+      }
 }
 
 static void
@@ -212,33 +227,37 @@ handle_edges_job (struct lhb_message *message)
       = lhb_container_of (message, struct lhb_request, job.done);
 
   if (request->error)
-    {
-      lhb_request_finish (request);
-      return;
-    }
-  merge_edges (request);
+    lhb_request_read_peer_edges (request);
+  else
+    lhb_request_write_widened (request);
+}
+
+void
+lhb_request_write_widened (struct lhb_request *request)
+{
+  if (request->edges != NULL)
+    merge_edges (request);
   write_to_replicas (request);
 }
 
 void
 lhb_request_write (struct lhb_request *request)
 {
+  struct lhb_store *store = NULL;
   int source;
 
-  if (request->edges == NULL)
+  if (request->edges != NULL)
     {
-      write_to_replicas (request);
-      return;
+      source = lhb_request_choose_source (request);
+      if (source >= 0)
+        store = request->volume->stores[source];
     }
-  source = lhb_request_choose_source (request);
-  if (source >= 0
-      && read_edges (request, request->volume->stores[source],
-                     lhb_store_try_read)
-             == 0)
-    {
-      merge_edges (request);
-      write_to_replicas (request);
-      return;
-    }
-  lhb_request_submit_job (request, run_edges, handle_edges_job);
+  if (request->edges == NULL
+      || (store != NULL && store->peer == NULL
+          && read_edges (request, store, lhb_store_try_read) == 0))
+    lhb_request_write_widened (request);
+  else if (store == NULL || store->peer != NULL)
+    lhb_request_read_peer_edges (request);
+  else
+    lhb_request_submit_job (request, run_edges, handle_edges_job);
 }

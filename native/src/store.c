@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "lhb_fault.h"
+#include "lhb_peer.h"
 #include "lhb_store.h"
 #include "lhb_util.h"
 
@@ -16,6 +17,30 @@ enum { EXTENTS_BATCH = 256 };
 
 static void run_sync (struct lhb_job *job);
 static void finish_sync (struct lhb_message *message);
+
+struct lhb_store *
+lhb_store_make (struct lhb_engine *engine, uint64_t size_bytes)
+{
+  struct lhb_store *store = calloc (1, sizeof *store);
+
+  if (store == NULL)
+    return NULL;
+  for (int id = 0; id < LHB_MAP_HEAD; id++)
+    {
+      atomic_init (&store->layers[id].fd, -1);
+      store->layers[id].discard_fd = -1;
+    }
+  store->engine = engine;
+  store->id = lhb_engine_new_id (engine);
+  store->size_bytes = size_bytes;
+  store->dir_fd = -1;
+  store->sync_job.run = run_sync;
+  store->sync_job.done.handle = finish_sync;
+  lhb_mutex_init (&store->discard_lock);
+  lhb_mutex_init (&store->sync_lock);
+  lhb_mutex_init (&store->syncing);
+  return store;
+}
 
 int
 lhb_store_open (lhb_engine *engine, int dir_fd, uint64_t size_bytes,
@@ -27,32 +52,17 @@ lhb_store_open (lhb_engine *engine, int dir_fd, uint64_t size_bytes,
   if (size_bytes == 0 || size_bytes % LHB_BLOCK_BYTES != 0
       || size_bytes > INT64_MAX)
     return -EINVAL;
-  store = calloc (1, sizeof *store);
+  store = lhb_store_make (engine, size_bytes);
   if (store == NULL)
     return -ENOMEM;
-  for (int id = 0; id < LHB_MAP_HEAD; id++)
-    {
-      atomic_init (&store->layers[id].fd, -1);
-      store->layers[id].discard_fd = -1;
-    }
-  store->engine = engine;
-  store->id = lhb_engine_new_id (engine);
   store->flags = flags;
-  store->size_bytes = size_bytes;
-  store->sync_job.run = run_sync;
-  store->sync_job.done.handle = finish_sync;
-  lhb_mutex_init (&store->discard_lock);
-  lhb_mutex_init (&store->sync_lock);
-  lhb_mutex_init (&store->syncing);
   store->dir_fd = fcntl (dir_fd, F_DUPFD_CLOEXEC, 0);
   err = store->dir_fd == -1 ? -errno : 0;
   if (err == 0)
     err = lhb_map_open (size_bytes >> LHB_BLOCK_SHIFT, &store->map);
   if (err)
     {
-      if (store->dir_fd >= 0)
-        close (store->dir_fd);
-      free (store);
+      lhb_store_close (store);
       return err;
     }
   *store_out = store;
@@ -86,10 +96,14 @@ lhb_store_close (lhb_store *store)
   if (store == NULL)
     return;
   assert (!store->sync_active);
+  if (store->peer != NULL)
+    lhb_peer_close (store->peer);
   for (int id = 1; id < LHB_MAP_HEAD; id++)
     close_layer (store, &store->layers[id]);
-  lhb_map_close (store->map);
-  close (store->dir_fd);
+  if (store->map != NULL)
+    lhb_map_close (store->map);
+  if (store->dir_fd >= 0)
+    close (store->dir_fd);
   pthread_mutex_destroy (&store->discard_lock);
   pthread_mutex_destroy (&store->sync_lock);
   pthread_mutex_destroy (&store->syncing);
@@ -105,7 +119,7 @@ lhb_store_id (const lhb_store *store)
 uint64_t
 lhb_store_map_bytes (const lhb_store *store)
 {
-  return lhb_map_bytes (store->map);
+  return store->map == NULL ? 0 : lhb_map_bytes (store->map);
 }
 
 struct lhb_layer *

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "lhb_connection.h"
+#include "lhb_peer.h"
 #include "lhb_queue.h"
 #include "lhb_util.h"
 #include "lhb_volume.h"
@@ -106,32 +107,13 @@ lhb_volume_close (lhb_volume *volume)
     pthread_cond_wait (&volume->changed, &volume->lock);
   pthread_mutex_unlock (&volume->lock);
   end_requests (volume);
+  for (uint32_t i = 0; i < volume->store_count; i++)
+    if (volume->stores[i]->peer != NULL)
+      lhb_peer_set_volume (volume->stores[i]->peer, NULL);
   lhb_range_close (volume->ranges);
   pthread_cond_destroy (&volume->changed);
   pthread_mutex_destroy (&volume->lock);
   free (volume);
-}
-
-int
-lhb_volume_publish (lhb_volume *volume, lhb_store **stores, uint32_t count)
-{
-  uint64_t size_bytes = atomic_load (&volume->size_bytes);
-
-  if (count == 0 || count > LHB_STORES_MAX)
-    return -EINVAL;
-  for (uint32_t i = 0; i < count; i++)
-    if (stores[i]->size_bytes != size_bytes)
-      return -EINVAL;
-  pthread_mutex_lock (&volume->lock);
-  for (uint32_t i = 0; i < count; i++)
-    {
-      volume->stores[i] = stores[i];
-      atomic_store (&volume->states[i], LHB_STATE_RW);
-    }
-  volume->store_count = count;
-  atomic_store (&volume->unfenced, 0);
-  pthread_mutex_unlock (&volume->lock);
-  return 0;
 }
 
 int
@@ -144,46 +126,7 @@ lhb_volume_resize (lhb_volume *volume, uint64_t size_bytes)
   return 0;
 }
 
-/* ---- Failing replicas. */
-
-static uint32_t
-count_rw (const struct lhb_volume *volume)
-{
-  uint32_t count = 0;
-
-  for (uint32_t i = 0; i < volume->store_count; i++)
-    count += atomic_load (&volume->states[i]) == LHB_STATE_RW;
-  return count;
-}
-
-void
-lhb_volume_fail_store (struct lhb_volume *volume, uint32_t index, int error,
-                       uint64_t offset_bytes, uint64_t length_bytes)
-{
-  struct lhb_event event = {
-    .type = LHB_EVENT_STORE_FAILED,
-    .error = error,
-    .volume_id = volume->id,
-    .offset_bytes = offset_bytes,
-    .length_bytes = length_bytes,
-  };
-  bool dropped;
-
-  pthread_mutex_lock (&volume->lock);
-  dropped = atomic_load (&volume->states[index]) == LHB_STATE_RW
-            && count_rw (volume) > 1;
-  if (dropped)
-    {
-      /* Counted first: whoever sees the state also sees that a fence is owed.
-       */
-      atomic_fetch_add (&volume->unfenced, 1);
-      atomic_store (&volume->states[index], LHB_STATE_FAILED);
-      event.subject_id = volume->stores[index]->id;
-    }
-  pthread_mutex_unlock (&volume->lock);
-  if (dropped)
-    lhb_engine_post_event (volume->engine, &event);
-}
+/* ---- The fence. */
 
 int
 lhb_volume_fenced (lhb_volume *volume, uint64_t store_id)
@@ -399,7 +342,7 @@ lhb_volume_statistics (const lhb_volume *volume,
   pthread_mutex_lock ((pthread_mutex_t *) &volume->lock);
   s.connections = volume->connection_count;
   for (uint32_t i = 0; i < volume->store_count; i++)
-    s.map_bytes += lhb_map_bytes (volume->stores[i]->map);
+    s.map_bytes += lhb_store_map_bytes (volume->stores[i]);
   pthread_mutex_unlock ((pthread_mutex_t *) &volume->lock);
   *statistics_out = s;
 }

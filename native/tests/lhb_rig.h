@@ -48,7 +48,7 @@ rig_open (struct rig *rig, uint32_t driver, uint32_t store_flags,
   rig_open_stores (rig);
   CHECK_EQUAL (lhb_volume_open (rig->engine, blocks * BLOCK, 0, &rig->volume),
                0);
-  CHECK_EQUAL (lhb_volume_publish (rig->volume, rig->stores, count), 0);
+  CHECK_EQUAL (lhb_volume_publish (rig->volume, rig->stores, NULL, count), 0);
 }
 
 static inline char *

@@ -110,7 +110,7 @@ open_rig (struct merge_rig *m, uint32_t flags, bool serves)
       CHECK_EQUAL (lhb_volume_open (rig->engine, BLOCKS * BLOCK, 0,
                                     &rig->volume),
                    0);
-      CHECK_EQUAL (lhb_volume_publish (rig->volume, rig->stores, 1), 0);
+      CHECK_EQUAL (lhb_volume_publish (rig->volume, rig->stores, NULL, 1), 0);
     }
 }
 

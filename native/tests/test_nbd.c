@@ -1052,7 +1052,7 @@ connections_of_a_read_only_volume_are_read_only (void)
   CHECK_EQUAL (lhb_volume_open (rig.engine, SIZE, LHB_VOLUME_READ_ONLY,
                                 &rig.volume),
                0);
-  CHECK_EQUAL (lhb_volume_publish (rig.volume, rig.stores, 1), 0);
+  CHECK_EQUAL (lhb_volume_publish (rig.volume, rig.stores, NULL, 1), 0);
   client = client_open (&rig, 0);
   CHECK_EQUAL (client_write (&client, 0, 0, BLOCK, data), NBD_EPERM);
   CHECK_EQUAL (client_call (&client, 0, NBD_CMD_FLUSH, 0, 0), 0);

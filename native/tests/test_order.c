@@ -183,7 +183,7 @@ fua_that_waited_for_a_freeze_waits_for_the_gate (void)
   replica_image (&replica, "head", SIZE);
   store = store_open (engine, &replica, SIZE, 0, only_head);
   CHECK_EQUAL (lhb_volume_open (engine, SIZE, 0, &volume), 0);
-  CHECK_EQUAL (lhb_volume_publish (volume, &store, 1), 0);
+  CHECK_EQUAL (lhb_volume_publish (volume, &store, NULL, 1), 0);
   fua.volume = plain.volume = volume;
   CHECK_EQUAL (lhb_volume_freeze (volume), 0);
   caller_start (&fua);
@@ -227,7 +227,7 @@ failed_write_that_drops_a_replica_waits_for_the_fence (void)
       stores[i] = store_open (engine, &replicas[i], SIZE, 0, only_head);
     }
   CHECK_EQUAL (lhb_volume_open (engine, SIZE, 0, &volume), 0);
-  CHECK_EQUAL (lhb_volume_publish (volume, stores, 2), 0);
+  CHECK_EQUAL (lhb_volume_publish (volume, stores, NULL, 2), 0);
   writer.volume = volume;
   CHECK_EQUAL (lhb_fault_arm ("store.short_write", ENOSPC,
                               lhb_store_id (stores[0]), 0, 1),

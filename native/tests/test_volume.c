@@ -131,9 +131,9 @@ wrong_requests_are_refused (void)
   CHECK_EQUAL (lhb_volume_open (rig.engine, 0, 0, &other), -EINVAL);
   CHECK_EQUAL (lhb_volume_open (rig.engine, BLOCK + 1, 0, &other), -EINVAL);
   CHECK_EQUAL (lhb_volume_open (rig.engine, SIZE + BLOCK, 0, &other), 0);
-  CHECK_EQUAL (lhb_volume_publish (other, rig.stores, 1), -EINVAL);
-  CHECK_EQUAL (lhb_volume_publish (other, rig.stores, 0), -EINVAL);
-  CHECK_EQUAL (lhb_volume_publish (other, rig.stores, LHB_STORES_MAX + 1),
+  CHECK_EQUAL (lhb_volume_publish (other, rig.stores, NULL, 1), -EINVAL);
+  CHECK_EQUAL (lhb_volume_publish (other, rig.stores, NULL, 0), -EINVAL);
+  CHECK_EQUAL (lhb_volume_publish (other, rig.stores, NULL, LHB_STORES_MAX + 1),
                -EINVAL);
   CHECK_EQUAL (lhb_volume_resize (other, SIZE), -EINVAL);
   CHECK_EQUAL (lhb_volume_resize (other, SIZE + BLOCK + 1), -EINVAL);
@@ -142,7 +142,7 @@ wrong_requests_are_refused (void)
   CHECK_EQUAL (lhb_volume_open (rig.engine, SIZE, LHB_VOLUME_READ_ONLY,
                                 &read_only),
                0);
-  CHECK_EQUAL (lhb_volume_publish (read_only, rig.stores, 1), 0);
+  CHECK_EQUAL (lhb_volume_publish (read_only, rig.stores, NULL, 1), 0);
   CHECK_EQUAL (lhb_volume_io (read_only, LHB_OP_READ, 0, 0, 1, &byte), 0);
   CHECK_EQUAL (byte, 'b');
   CHECK_EQUAL (lhb_volume_io (read_only, LHB_OP_WRITE, 0, 0, 1, &byte),
