@@ -26,7 +26,7 @@
 
 #define LHB_FRAME_MAGIC 0x1b01
 #define LHB_FRAME_BYTES 26
-#define LHB_FRAME_UNSURE 0xffffffffu    /* some part was done, which is unknown */
+#define LHB_FRAME_UNSURE 0xffffffffu    /* it is not known which part */
 
 enum {
   LHB_FRAME_READ = 0,

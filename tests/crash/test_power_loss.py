@@ -90,7 +90,8 @@ class Served:
         assert lib.lhb_store_start(self.store) == 0
         assert lib.lhb_volume_open(engine, SIZE, 0, volume) == 0
         self.volume = volume[0]
-        assert lib.lhb_volume_publish(self.volume, ffi.new("lhb_store *[1]", [self.store]), 1) == 0
+        stores = ffi.new("lhb_store *[1]", [self.store])
+        assert lib.lhb_volume_publish(self.volume, stores, ffi.NULL, 1) == 0
 
     def close(self) -> None:
         lib.lhb_volume_close(self.volume)
