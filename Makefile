@@ -14,6 +14,7 @@ PACKAGES := \
 	nbd-client \
 	nbdkit libnbd-bin python3-libnbd qemu-utils fio e2fsprogs xfsprogs zstd \
 	qemu-system-x86 busybox-static cpio \
+	systemd \
 	clang libclang-rt-14-dev
 
 # The kernel tests/kernel boots; downloaded and unpacked, never installed.

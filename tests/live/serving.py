@@ -54,7 +54,7 @@ def command(*arguments: str) -> list[str]:
 
 def start(data_dir: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("serve", *arguments, "--json"),
+        [*options.pop("prefix", []), *command("serve", *arguments, "--json")],
         env=os.environ | {"LHBLOCK_DATA_DIR": str(data_dir)} | options.pop("env", {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -27,6 +28,7 @@ from tests.live.serving import (
     cli_json,
     command,
     nbdsh,
+    requires,
     serve,
     tool,
 )
@@ -209,6 +211,19 @@ def test_systemd_is_told_ready_and_stopping(tmp_path: Path) -> None:
             assert f"MAINPID={process.process.pid}" in ready
             process.stop()
             assert notify.recv(4096).decode().startswith("STOPPING=1")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root, to give its capabilities up")
+def test_serving_needs_no_capability(tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    bare = [requires("setpriv"), "--bounding-set", "-all", "--no-new-privs"]
+    with serve(data, "db", "--size", "4M", prefix=bare) as process:
+        status = Path(f"/proc/{process.ready['pid']}/status").read_text()
+        assert re.search(r"^CapEff:\s*0+$", status, re.MULTILINE)
+        nbdsh(process.uri(), "h.pwrite(b'x', 0)", "h.flush()")
+        cli(data, "snapshot", "create", "db", "s1")
+        cli(data, "volume", "expand", "db", "8M")
+        assert process.stop()[0] == 0
 
 
 def test_a_socket_from_systemd_replaces_the_addresses(tmp_path: Path) -> None:

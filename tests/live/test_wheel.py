@@ -35,6 +35,9 @@ def test_wheel_built_from_the_source_distribution_installs_and_answers(tmp_path:
 
     told = _run(site / "bin" / "lhblock", "info", "--json", environment={"PYTHONPATH": str(site)})
     assert '"driver"' in told
+    units = ("install-units", "--dir", str(tmp_path / "units"))
+    told = _run(site / "bin" / "lhblock", *units, environment={"PYTHONPATH": str(site)})
+    assert "lhblock@.service" in told
     where = "import lhblock._lhblock as module; print(module.__file__)"
     told = _run(sys.executable, "-P", "-c", where, environment={"PYTHONPATH": str(site)})
     assert Path(told.strip()).is_relative_to(site)
