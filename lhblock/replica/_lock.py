@@ -53,11 +53,20 @@ def _read_pid(fd: int) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def _use(fd: int) -> str:
+    """Say who is in the way. Only writers leave their pid in the file."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return "being read by another process"
+    pid = _read_pid(fd)
+    return f"in use by process {pid}" if pid else "in use by another process"
+
+
 def acquire_lock(path: Path, dir_fd: int, *, exclusive: bool) -> DirectoryLock:
     """Lock the directory, for writing or for reading. Blocks ``LOCK_WAIT_MS_MAX`` at most.
 
     Raises:
-      ReplicaLocked: another process (it is named) has it.
+      ReplicaLocked: another process has it; a writer is named.
       ReplicaIO: the lock file cannot be used.
     """
     deadline_s = time.monotonic() + LOCK_WAIT_MS_MAX / 1000
@@ -71,9 +80,7 @@ def acquire_lock(path: Path, dir_fd: int, *, exclusive: bool) -> DirectoryLock:
                     lock, fd = DirectoryLock(fd), None
                     return lock
                 if time.monotonic() >= deadline_s:
-                    pid = _read_pid(fd)
-                    holder = f"process {pid}" if pid else "another process"
-                    raise ReplicaLocked(path, f"is in use by {holder}; stop that one first")
+                    raise ReplicaLocked(path, f"is {_use(fd)}; stop that one first")
             finally:
                 if fd is not None:
                     os.close(fd)
