@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -153,12 +153,23 @@ class _Offline:
                 raise unimplemented(target)
             call = Call(target, {"volume-name": (self._record.name,)})
             outcome: Future[Message] = Future()
-            self._token.run_sync_soon(
-                self._nursery.start_soon, self._answer, handler, request, call, outcome
-            )
+            self._token.run_sync_soon(self._start, handler, request, call, outcome)
             return outcome.result()
         except CallFailed as failed:
             raise _about(self._record.name, failed.code, str(failed)) from failed
+        except (CancelledError, trio.RunFinishedError):
+            # Only the end of the volume ends a call, and the thread knows why it ended.
+            self._thread.join()
+            assert self._failure is not None
+            raise self._failure from None
+
+    def _start(
+        self, handler: Handler, request: Message, call: Call, outcome: Future[Message]
+    ) -> None:
+        try:
+            self._nursery.start_soon(self._answer, handler, request, call, outcome)
+        except RuntimeError:  # the nursery is closed
+            outcome.cancel()
 
     async def _answer(
         self, handler: Handler, request: Message, call: Call, outcome: Future[Message]
@@ -168,6 +179,9 @@ class _Offline:
             outcome.set_result(await handler(request, call))
         except Exception as error:
             outcome.set_exception(error)
+        finally:
+            # The volume ends: a defect, or a Ctrl-C for which nobody waits any more.
+            outcome.cancel()
 
     def _cancel(self) -> None:
         """Close the volume and wait for the thread. It may have ended by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import trio
@@ -11,7 +12,8 @@ from google.protobuf.empty_pb2 import Empty
 
 from lhblock.errors import ControlError, LhblockError
 from lhblock.instance import Registry, create_volume, first_sentence, open_channel
-from lhblock.rpc import CONTROLLER, VOLUME
+from lhblock.instance._volume_service import VolumeService
+from lhblock.rpc import CONTROLLER, VOLUME, Call
 from lhblock.rpc.generated import controller_pb2, volume_pb2
 from lhblock.settings import DataDir
 
@@ -83,6 +85,25 @@ def test_a_volume_that_cannot_be_opened_is_its_sentence(where: DataDir) -> None:
     (where.volume("db") / "replica" / "volume.meta").write_text("{")
     with pytest.raises(LhblockError, match=r"volume\.meta"), open_channel(where, "db"):
         pytest.fail("it must not open")
+
+
+def test_a_defect_that_ends_the_volume_ends_the_call_that_waits(
+    where: DataDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def defect() -> None:
+        raise RuntimeError("a defect")
+
+    async def status_get(service: VolumeService, _request: Empty, call: Call) -> NoReturn:
+        service._choice.volume(call).nursery.start_soon(defect)
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(VolumeService, "status_get", status_get)
+    with pytest.raises(RuntimeError, match="a defect"), open_channel(where, "db") as channel:
+        with pytest.raises(RuntimeError, match="a defect"):
+            channel.call(VOLUME, "StatusGet", Empty())
+        channel.call(VOLUME, "SnapshotList", Empty())
+    open_again(where)
 
 
 def test_our_sentence_is_found_in_nested_groups() -> None:
