@@ -99,10 +99,15 @@ def test_a_defect_that_ends_the_volume_ends_the_call_that_waits(
         raise AssertionError
 
     monkeypatch.setattr(VolumeService, "status_get", status_get)
-    with pytest.raises(RuntimeError, match="a defect"), open_channel(where, "db") as channel:
-        with pytest.raises(RuntimeError, match="a defect"):
-            channel.call(VOLUME, "StatusGet", Empty())
-        channel.call(VOLUME, "SnapshotList", Empty())
+
+    def use() -> None:
+        with open_channel(where, "db") as channel:
+            with pytest.raises(RuntimeError, match="a defect"):
+                channel.call(VOLUME, "StatusGet", Empty())
+            channel.call(VOLUME, "SnapshotList", Empty())
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        use()
     open_again(where)
 
 
