@@ -104,12 +104,12 @@ class ReplicaSet:
             raise VolumeFaulted(self._name, f"no usable replica is left: {reasons}")
 
     def info(self) -> tuple[ReplicaInfo, ...]:
-        """Describe every configured replica."""
+        """Describe every configured replica. Those of a faulted volume all say why."""
         return tuple(
             ReplicaInfo(
                 address=str(member.path),
-                mode="RW" if member.state is MemberState.USABLE else "ERR",
-                error=member.error,
+                mode="ERR" if self._faulted or member.state is not MemberState.USABLE else "RW",
+                error=member.error or self._faulted,
                 generation=member.generation_counter,
             )
             for member in self.members

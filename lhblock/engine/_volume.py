@@ -105,6 +105,14 @@ class Volume(Device):
         """Every configured replica, in configured order."""
         return self._replicas.info()
 
+    def check(self) -> None:
+        """Refuse to go on without a usable replica.
+
+        Raises:
+          VolumeFaulted: with the reason.
+        """
+        self._replicas.check()
+
     def snapshots(self) -> tuple[SnapshotInfo, ...]:
         """Snapshots in tree order: each after its parent, the live chain's last among siblings.
 

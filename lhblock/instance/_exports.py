@@ -26,6 +26,8 @@ class VolumeExports:
             if not served.frontend_up:
                 continue
             found.append(ExportDescription(served.name, _describe(served)))
+            if served.volume.state == "faulted":
+                continue
             for snapshot in served.volume.snapshots():
                 if snapshot.name != HEAD and not snapshot.removed:
                     text = f"snapshot of {served.name}, {snapshot.created}, read-only"
@@ -42,6 +44,7 @@ class VolumeExports:
             raise UnknownExport(f"no volume {volume!r} is served here")
         if not served.frontend_up:
             raise FrontendError(f"volume {volume} is not offered now: its front end is shut down")
+        served.volume.check()
         if not at:
             if served.reverting:
                 raise FrontendError(f"volume {volume} is being reverted; try again")

@@ -205,6 +205,8 @@ def _snapshot(served: ServedVolume, name: str) -> None:
 
 
 def _pending(served: ServedVolume) -> int:
+    if served.volume.state == "faulted":
+        return 0
     return sum(item.removed for item in served.volume.snapshots())
 
 

@@ -107,6 +107,17 @@ async def test_several_volumes_need_a_name(tmp_path: Path) -> None:
         assert (await at.call("VolumeGet", volume="web")).name == "web"
 
 
+async def test_the_status_of_a_volume_that_failed_says_why(tmp_path: Path) -> None:
+    async with services(tmp_path) as at:
+        at.volumes["db"].volume._replicas.fault("its disk is gone")
+        status = await at.call("StatusGet")
+        assert (status.state, status.merges_pending) == ("faulted", 0)
+        assert [(item.mode, item.error) for item in status.replicas] == [
+            ("ERR", "its disk is gone")
+        ]
+        assert (await at.call("VolumeGet")).frontendState == ""
+
+
 async def test_changes_of_the_record_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
     async with services(tmp_path) as at:
         for count in range(2, 12):
