@@ -10,7 +10,7 @@ import click
 from lhblock.cli._app import App, common_options, confirm
 from lhblock.cli._names import SizeType, volume_argument, volumes_argument
 from lhblock.cli._output import counted, note, print_fields, print_json, print_table
-from lhblock.errors import LhblockError, VolumeBusy
+from lhblock.errors import LhblockError, SizeError, VolumeBusy
 from lhblock.settings import format_size
 
 if TYPE_CHECKING:
@@ -152,6 +152,12 @@ def expand(app: App, volume: str, size: int) -> None:
 
     app.quiet_logs()
     with open_channel(app.data_dir, volume) as channel:
+        now = channel.call(CONTROLLER, "VolumeGet", Empty()).size
+        if size < now:
+            raise SizeError(
+                volume,
+                f"it has {format_size(now)} and does not shrink; {format_size(size)} is less",
+            )
         channel.call(CONTROLLER, "VolumeExpand", controller_pb2.VolumeExpandRequest(size=size))
         size_bytes = wait_expanded(channel, volume)
         clients = channel.call(VOLUME, "StatusGet", Empty()).statistics.connections

@@ -275,7 +275,9 @@ def test_a_stopped_volume_is_expanded(cli: Cli) -> None:
         "connections": 0,
     }
     assert cli("volume", "ls", "--json").json["volumes"][0]["size_bytes"] == 3 << 20
-    assert "smaller size" in cli.fails(1, "volume", "expand", "db", "1M")
+    assert cli.fails(1, "volume", "expand", "db", "1M") == (
+        "volume db: it has 3 MiB and does not shrink; 1 MiB is less"
+    )
 
 
 def test_snapshots_of_a_stopped_volume(cli: Cli) -> None:
