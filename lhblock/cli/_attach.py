@@ -54,11 +54,12 @@ _SCHEMES = ("nbd://", "nbd+unix://")
 )
 @click.option(
     "--timeout",
-    type=click.IntRange(1, 86400),
+    type=click.IntRange(0, 86400),
     metavar="SECONDS",
     default=60,
     show_default=True,
-    help="After this a request without an answer is tried on another connection.",
+    help="After this a request without an answer is tried on another connection; with one"
+    " connection 0 means never, as long as it lives.",
 )
 @click.option(
     "--away",

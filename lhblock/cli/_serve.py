@@ -144,7 +144,7 @@ def banner(ready: Ready) -> str:
 
 def attach_commands(ready: Ready, name: str, uris: Any) -> list[str]:
     """Return commands that attach or copy `name`, for addresses that are listened on."""
-    commands = []
+    commands = [f"lhblock attach {shlex.quote(uris[-1])}"] if uris else []
     if ready.listen:
         host, _, port = ready.listen[0].rpartition(":")
         host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))

@@ -37,6 +37,7 @@ from lhblock.device._nbd import (
     find,
     lock_path,
     open_family,
+    require_root,
     say_hello,
 )
 from lhblock.device._nbd_client import Export
@@ -183,11 +184,17 @@ class Keeper:
                     identity=self._target.identity,
                 )
             except OSError as error:
-                hint = "; attaching needs root" if error.errno == errno.EPERM else ""
                 raise DeviceError(
-                    f"the kernel makes no device of {self._target.volume}: {error.strerror}{hint}"
+                    f"the kernel makes no device of {self._target.volume}: {error.strerror};"
+                    " in a container, attach on its host"
                 ) from error
             self._size_bytes = export.size_bytes
+        if not self._ours():
+            kernel.disconnect(self._family, self._index)
+            raise DeviceError(
+                f"kernel {os.uname().release} does not keep the name of what is attached;"
+                " Linux 5.14 or newer does"
+            )
 
     def _connections(self, stack: ExitStack) -> tuple[list[int], Export]:
         fd, export = say_hello(self._target)
@@ -278,6 +285,7 @@ def keep(
       DeviceBusy: told to end, and something uses the device.
       DeviceError: it cannot be attached.
     """
+    require_root()
     with stop_signals() as stop, held_lock(host, target):
         keeper = Keeper(host, target, options, log)
         try:

@@ -59,6 +59,7 @@ class Nbd:
         return found
 
     def attach(self, host: Host, target: Target, options: AttachOptions) -> Attached:
+        require_root()
         found = find(host, target.identity)
         if found is not None and keeper_runs(host, target.identity):
             refresh_size(found, target)
@@ -66,6 +67,7 @@ class Nbd:
         return _start_keeper(target, options)
 
     def detach(self, host: Host, attached: Attached) -> None:
+        require_root()
         index = device_number(attached.device)
         with open_family() as family, unused(host, attached.device):
             kernel.disconnect(family, index)
@@ -76,6 +78,12 @@ class Nbd:
                 return
             time.sleep(SETTLE_POLL_S)
         raise DeviceError(f"{attached.device} did not go away within {SETTLE_S:.0f} s")
+
+
+def require_root() -> None:
+    """DeviceError: the kernel would refuse, and less clearly."""
+    if os.geteuid() != 0:
+        raise DeviceError("attaching and detaching need root; run it with sudo")
 
 
 def open_family() -> Family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -55,7 +56,8 @@ class AttachOptions:
 
 
 def volume_identity(data_dir: str, name: str) -> str:
-    return f"{IDENTITY_PREFIX}{data_dir}/volumes/{name}"
+    """The same for every way to write the path of the data directory."""
+    return f"{IDENTITY_PREFIX}{os.path.realpath(data_dir)}/volumes/{name}"
 
 
 def uri_identity(text: str) -> str:

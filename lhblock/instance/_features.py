@@ -123,5 +123,5 @@ def _nbd_module() -> dict[str, Any]:
         with contextlib.suppress(OSError):
             if "/nbd.ko" in (modules / listing).read_text():
                 return {"name": name, "available": True, "text": "present; load it: modprobe nbd"}
-    text = f"not found for {release}; nbd-client needs it, qemu and nbdcopy do not"
+    text = f"not found for {release}; lhblock attach needs it, qemu and nbdcopy do not"
     return {"name": name, "available": False, "text": text}

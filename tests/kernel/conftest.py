@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.activation import listen_tcp
 from tests.kernel.guest import Guest
 from tests.kernel.initramfs import base_archive
+from tests.kernel.server import Server
 
 KERNEL_DIRECTORY = Path(__file__).resolve().parents[2] / "build" / "kernel"
 
@@ -23,3 +26,14 @@ def guest_base() -> bytes:
 def guest(guest_base: bytes, tmp_path: Path) -> Guest:
     """A guest to run scripts in; each run is a fresh boot."""
     return Guest(KERNEL_DIRECTORY / "vmlinuz", guest_base, tmp_path)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A volume that is served."""
+    with listen_tcp() as listener:
+        served = Server(listener, tmp_path / "data")
+        try:
+            yield served
+        finally:
+            served.kill()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,17 @@ class Guest:
         Raises:
           GuestFailed: the script's status was not 0, or it did not end within ``timeout_s``.
         """
+        return self.boot(script_archive(script), timeout_s=timeout_s)
+
+    def boot(
+        self, part: bytes, arguments: Sequence[str] = (), *, timeout_s: float = TIMEOUT_S
+    ) -> GuestResult:
+        """Boot with an archive unpacked over the base, and more arguments for qemu.
+
+        What it boots says ``LHB-EXIT STATUS`` on the console before it powers off. Raises as `run`.
+        """
         initramfs = self.scratch / "initramfs"
-        initramfs.write_bytes(self.base + script_archive(script))
+        initramfs.write_bytes(self.base + part)
         command = [
             *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2"),
             *("-m", str(MEMORY_MIB), "-display", "none", "-monitor", "none", "-no-reboot"),
@@ -74,6 +84,7 @@ class Guest:
             *("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,romfile="),
             *("-kernel", str(self.kernel), "-initrd", str(initramfs)),
             *("-append", "console=ttyS0 loglevel=4 panic=-1 mitigations=off"),
+            *arguments,
         ]
         try:
             finished = subprocess.run(

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROGRAMS = ("nbd-client", "mke2fs", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "blkid")
-MODULES = ("virtio_pci", "virtio_net", "nbd", "xfs")
+MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "nbd", "xfs")
 SEARCH_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 INIT = """\

@@ -273,6 +273,7 @@ def test_the_banner_can_be_pasted(tmp_path: Path) -> None:
         socket_path = tmp_path / "d" / "run" / "nbd.sock"
         assert f"nbd+unix:///db?socket={socket_path}" in lines
         assert f"Unix socket: {socket_path}" in lines
+        assert f"lhblock attach 'nbd+unix:///db?socket={socket_path}'" in lines
         assert f"nbd-client -unix {socket_path} /dev/nbd0 -N db" in lines
     finally:
         process.send_signal(signal.SIGINT)

@@ -165,6 +165,16 @@ def test_a_keeper_is_whoever_holds_the_lock(fake: FakeHost) -> None:
         assert keeper_runs(fake.host, identity)
 
 
+def test_attaching_needs_root(fake: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fake.root / "sys" / "module" / "nbd").mkdir()
+    node = fake.add_device(0, "lhblock:/data/volumes/db")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(DeviceError, match="need root"):
+        attach(fake.host, Target.of_uri(URI), AttachOptions())
+    with pytest.raises(DeviceError, match="need root"):
+        detach(fake.host, device=node)
+
+
 # ---- What is attached.
 
 
@@ -180,6 +190,11 @@ def test_a_uri_is_the_same_volume_however_it_is_written() -> None:
     assert uri_identity("nbd://h/db") != uri_identity("nbd://h/db@s1")
     with pytest.raises(UsageError):
         Target.of_uri("http://h/db")
+
+
+def test_a_data_directory_is_the_same_by_every_path(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert volume_identity(f"{tmp_path}/link", "db") == volume_identity(str(tmp_path), "db")
 
 
 def test_the_keeper_is_told_everything() -> None:
