@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 
 # An unanswered request is tried again after this, so it is how long a restart is felt.
 TIMEOUT_S = 2
-FILE_MIB = 32
+FILE_MIB = 16
 # What of a file's blocks may stay after it is gone: logs and metadata written besides.
 LEFT_MIB_MAX = 8
 
@@ -170,7 +170,18 @@ def test_what_a_device_goes_through(python_guest: Guest, server: Server) -> None
             wait $!
             echo written > /mnt/after
             umount /mnt
-            lhblock detach {server.uri}
+            kill $(cat /run/lhblock/attach-*.lock)
+            ( set +x; while grep lhblock /sys/block/nbd*/backend; do usleep 10000; done )
+
+            $attach --foreground --mount /mnt > /tmp/device 2> /tmp/said &
+            keeper=$!
+            ( set +x; while [ ! -s /tmp/device ]; do kill -0 $keeper; usleep 10000; done )
+            echo still > /mnt/after
+            kill $keeper
+            wait $keeper && exit 1
+            result stayed $(cat /tmp/said)
+            umount /mnt
+            lhblock detach $(cat /tmp/device)
 
             nbd-client {HOST} {server.port} /dev/nbd5 -N {VOLUME}
             result foreign $(lhblock detach /dev/nbd5 2>&1)
@@ -181,6 +192,7 @@ def test_what_a_device_goes_through(python_guest: Guest, server: Server) -> None
     assert json.loads(result.value("grown"))["size_bytes"] == grown_mib << 20
     assert result.value("sectors") == str(grown_mib << 11)
     assert result.value("mended").startswith("/dev/nbd0")
+    assert "is in use, mounted at /mnt; unmount it first" in result.value("stayed")
     assert "was not attached by lhblock; nothing was done" in result.value("foreign")
     for full_mib, trimmed_mib in (allocated[:2], allocated[2:]):
         assert full_mib >= FILE_MIB
