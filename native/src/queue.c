@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -322,6 +323,8 @@ queue_main (void *argument)
           take_inbox (queue);
           awake_until_ns = lhb_now_ns () + LHB_AWAKE_NS;
         }
+      else if (!busy)
+        (void) sched_yield ();  /* to whom this thread may be waiting for */
       fire_timers (queue);
       handle_messages (list_take_all (&queue->local));
       lhb_batches_run (queue->batches);
