@@ -42,6 +42,13 @@ struct lhb_leg {
   bool is_wo;                   /* its replica answers no reads */
 };
 
+/* What follows when the replicas are done with this step of a TRIM or ZERO. */
+enum lhb_zero_step {
+  LHB_ZERO_WHOLE,               /* nothing */
+  LHB_ZERO_HEAD,                /* the first block is written */
+  LHB_ZERO_TAIL,                /* the last block is written */
+};
+
 struct lhb_request {
   /* Set by the owner. */
   struct lhb_volume *volume;
@@ -53,7 +60,8 @@ struct lhb_request {
   /* READ and WRITE: whole blocks; the bytes of the request begin at
    * offset_bytes % LHB_BLOCK_BYTES.  Block-aligned memory. */
   char *buffer;
-  /* WRITE with a partial block at an end: room for two blocks, else NULL. */
+  /* A WRITE with a partial block at an end: room for two blocks, else NULL.
+   * TRIM and ZERO, too, if the volume may have stores that are not read. */
   char *edges;
   void (*probe) (struct lhb_request *request);
   void (*complete) (struct lhb_request *request);
@@ -70,6 +78,8 @@ struct lhb_request {
   uint32_t pending;             /* ios and jobs under way */
   uint32_t tried_mask;          /* replicas a READ has tried */
   uint32_t source;              /* index of the replica a READ uses */
+  enum lhb_zero_step zero_step;
+  uint64_t zero_offset_bytes, zero_length_bytes;        /* of TRIM and ZERO */
   uint64_t start_ns;
   struct lhb_range_claim claim;
   struct lhb_message message;

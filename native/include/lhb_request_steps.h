@@ -64,8 +64,14 @@ void lhb_request_end_read (struct lhb_request *request, int error);
 /* The replica to read from, or -1: all were tried. */
 int lhb_request_choose_source (const struct lhb_request *request);
 void lhb_request_write (struct lhb_request *request);
-/* The edges are read: go on. */
-void lhb_request_write_widened (struct lhb_request *request);
+/* Write 'block_count' blocks from 'first_block' on to all replicas. */
+void lhb_request_write_blocks (struct lhb_request *request);
+/* Fill in 'edges'; go on when that is done. */
+void lhb_request_read_edges (struct lhb_request *request);
+void lhb_request_edges_read (struct lhb_request *request);
+void lhb_request_zero_widened (struct lhb_request *request);
+/* False: there is none. */
+bool lhb_request_next_zero_step (struct lhb_request *request);
 void lhb_request_zero (struct lhb_request *request);
 void lhb_request_flush (struct lhb_request *request);
 

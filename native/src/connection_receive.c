@@ -40,12 +40,14 @@ prepare_slot (struct lhb_connection *connection, const struct lhb_call *call)
   if (slot == NULL)
     return NULL;
   slot->call = *call;
-  if (call->refusal || call->slab_blocks == 0)
+  if (call->refusal)
     return slot;
-  slot->slab = lhb_slabs_take (&connection->slabs, call->slab_blocks);
-  if (slot->slab != NULL && call->needs_edges)
+  if (call->slab_blocks > 0)
+    slot->slab = lhb_slabs_take (&connection->slabs, call->slab_blocks);
+  if (call->needs_edges)
     slot->edges = lhb_slabs_take (&connection->slabs, 2);
-  if (slot->slab == NULL || (call->needs_edges && slot->edges == NULL))
+  if ((call->slab_blocks > 0 && slot->slab == NULL)
+      || (call->needs_edges && slot->edges == NULL))
     {
       lhb_connection_free_slot (slot);
       return NULL;

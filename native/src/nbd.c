@@ -131,9 +131,10 @@ parse (const struct lhb_connection *connection, const uint8_t *header,
     {
       call->payload_bytes = call->length_bytes;
       call->payload_at = (uint32_t) (call->offset_bytes % LHB_BLOCK_BYTES);
-      call->needs_edges
-          = lhb_request_is_partial (call->offset_bytes, call->length_bytes);
     }
+  if (changes_data (call->type))
+    call->needs_edges
+        = lhb_request_is_partial (call->offset_bytes, call->length_bytes);
   if (call->refusal == 0)
     call->slab_blocks = slab_blocks (call);
   return LHB_CALL_OK;

@@ -182,6 +182,7 @@ lhb_request_start (struct lhb_request *request)
   request->done_bytes = 0;
   request->unsure = false;
   request->tried_mask = 0;
+  request->zero_step = LHB_ZERO_WHOLE;
   request->start_ns = lhb_now_ns ();
   lhb_count (&volume->counters.in_flight, 1);
   if (depends_on_gate (request) && lhb_volume_wait_gate (volume, request))

@@ -118,14 +118,22 @@ run_settle (struct lhb_job *job)
     }
 }
 
+/* Every replica has done its part, or could not. */
+static void
+end_step (struct lhb_request *request)
+{
+  judge_legs (request);
+  if (request->error || !lhb_request_next_zero_step (request))
+    lhb_request_finish_change (request);
+}
+
 static void
 handle_settled (struct lhb_message *message)
 {
   struct lhb_request *request
       = lhb_container_of (message, struct lhb_request, job.done);
 
-  judge_legs (request);
-  lhb_request_finish_change (request);
+  end_step (request);
 }
 
 /* A change that failed may have left in a head's file what its map does not
@@ -153,8 +161,7 @@ lhb_request_end_leg (struct lhb_request *request)
       lhb_request_submit_job (request, run_settle, handle_settled);
       return;
     }
-  judge_legs (request);
-  lhb_request_finish_change (request);
+  end_step (request);
 }
 
 void

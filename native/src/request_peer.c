@@ -27,6 +27,11 @@ lhb_leg_start_call (struct lhb_leg *leg, uint32_t index, uint32_t op,
       if (op == LHB_OP_READ)
         call->buffer += request->offset_bytes % LHB_BLOCK_BYTES;
     }
+  if (op == LHB_OP_TRIM || op == LHB_OP_ZERO)
+    {
+      call->offset_bytes = request->zero_offset_bytes;
+      call->length_bytes = request->zero_length_bytes;
+    }
   lhb_peer_start (request->volume->stores[index], request->queue, call);
 }
 
@@ -53,8 +58,7 @@ lhb_request_read_peer (struct lhb_request *request)
                       read_done);
 }
 
-/* ---- Edges: the first and the last block of a WRITE, in the first two legs.
- */
+/* ---- Edges: the first and the last block, in the first two legs. */
 
 static void
 edge_done (struct lhb_peer_call *call)
@@ -69,7 +73,7 @@ edge_done (struct lhb_peer_call *call)
   if (request->error)
     lhb_request_read_peer_edges (request);      /* from another one */
   else
-    lhb_request_write_widened (request);
+    lhb_request_edges_read (request);
 }
 
 static void
@@ -107,5 +111,5 @@ lhb_request_read_peer_edges (struct lhb_request *request)
   request->error = 0;
   request->pending = 2;
   start_edge (request, 0, request->first_block);
-  start_edge (request, 1, request->first_block + request->block_count - 1);
+  start_edge (request, 1, request->claim.last_block);
 }

@@ -120,8 +120,8 @@ may_write_inline (const struct lhb_request *request,
                 <= request->start_ns;
 }
 
-static void
-write_to_replicas (struct lhb_request *request)
+void
+lhb_request_write_blocks (struct lhb_request *request)
 {
   struct lhb_volume *volume = request->volume;
   bool inline_all = true;
@@ -193,11 +193,11 @@ static int
 read_edges (struct lhb_request *request, struct lhb_store *store,
             int (*read) (struct lhb_store *, uint64_t, uint32_t, void *))
 {
-  uint64_t last = request->first_block + request->block_count - 1;
   int err = read (store, request->first_block, 1, request->edges);
 
   if (err == 0)
-    err = read (store, last, 1, request->edges + LHB_BLOCK_BYTES);
+    err = read (store, request->claim.last_block, 1,
+                request->edges + LHB_BLOCK_BYTES);
   return err;
 }
 
@@ -229,35 +229,41 @@ handle_edges_job (struct lhb_message *message)
   if (request->error)
     lhb_request_read_peer_edges (request);
   else
-    lhb_request_write_widened (request);
+    lhb_request_edges_read (request);
 }
 
 void
-lhb_request_write_widened (struct lhb_request *request)
+lhb_request_edges_read (struct lhb_request *request)
 {
-  if (request->edges != NULL)
-    merge_edges (request);
-  write_to_replicas (request);
+  if (request->op != LHB_OP_WRITE)
+    {
+      lhb_request_zero_widened (request);
+      return;
+    }
+  merge_edges (request);
+  lhb_request_write_blocks (request);
+}
+
+void
+lhb_request_read_edges (struct lhb_request *request)
+{
+  int source = lhb_request_choose_source (request);
+  struct lhb_store *store
+      = source < 0 ? NULL : request->volume->stores[source];
+
+  if (store == NULL || store->peer != NULL)
+    lhb_request_read_peer_edges (request);
+  else if (read_edges (request, store, lhb_store_try_read) == 0)
+    lhb_request_edges_read (request);
+  else
+    lhb_request_submit_job (request, run_edges, handle_edges_job);
 }
 
 void
 lhb_request_write (struct lhb_request *request)
 {
-  struct lhb_store *store = NULL;
-  int source;
-
-  if (request->edges != NULL)
-    {
-      source = lhb_request_choose_source (request);
-      if (source >= 0)
-        store = request->volume->stores[source];
-    }
-  if (request->edges == NULL
-      || (store != NULL && store->peer == NULL
-          && read_edges (request, store, lhb_store_try_read) == 0))
-    lhb_request_write_widened (request);
-  else if (store == NULL || store->peer != NULL)
-    lhb_request_read_peer_edges (request);
+  if (request->edges == NULL)
+    lhb_request_write_blocks (request);
   else
-    lhb_request_submit_job (request, run_edges, handle_edges_job);
+    lhb_request_read_edges (request);
 }

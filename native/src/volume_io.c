@@ -78,6 +78,26 @@ transfer (struct call *call, char *data)
   return err;
 }
 
+/* TRIM or ZERO. */
+static int
+zero (struct call *call)
+{
+  struct lhb_request *request = &call->request;
+  int err;
+
+  request->edges = NULL;
+  if (lhb_request_is_partial (request->offset_bytes, request->length_bytes))
+    {
+      request->edges
+          = aligned_alloc (LHB_BLOCK_BYTES, 2 * LHB_BLOCK_BYTES);
+      if (request->edges == NULL)
+        return -ENOMEM;
+    }
+  err = wait_call (call);
+  free (request->edges);
+  return err;
+}
+
 static int
 check_call (const lhb_volume *volume, uint32_t op, uint64_t offset_bytes,
             uint64_t length_bytes)
@@ -124,7 +144,7 @@ lhb_volume_io (lhb_volume *volume, uint32_t op, uint32_t flags,
 
       call->request.offset_bytes = offset_bytes;
       call->request.length_bytes = piece;
-      err = moves ? transfer (call, at) : wait_call (call);
+      err = moves ? transfer (call, at) : zero (call);
       offset_bytes += piece;
       length_bytes -= piece;
       at += moves ? piece : 0;
