@@ -35,6 +35,8 @@ MERGE_STEP_BYTES = 64 << 20
 STORE_DIRECT = 1
 STORE_READ_ONLY = 2
 PEER_OURS = 1
+STORE_WRITE_ONLY = 4
+UNIT_BYTES = 1 << 20
 VOLUME_READ_ONLY = 1
 IO_FUA = 1
 IO_NO_HOLE = 2
@@ -204,6 +206,8 @@ def _module() -> Any:
         "LHB_STORE_DIRECT": STORE_DIRECT,
         "LHB_STORE_READ_ONLY": STORE_READ_ONLY,
         "LHB_PEER_OURS": PEER_OURS,
+        "LHB_STORE_WRITE_ONLY": STORE_WRITE_ONLY,
+        "LHB_UNIT_BYTES": UNIT_BYTES,
         "LHB_VOLUME_READ_ONLY": VOLUME_READ_ONLY,
         "LHB_IO_FUA": IO_FUA,
         "LHB_IO_NO_HOLE": IO_NO_HOLE,
@@ -403,7 +407,7 @@ class NativeStore(_Handle):
       engine: outlives the store.
       dir_fd: the directory; duplicated.
       size_bytes: of the volume.
-      flags: ``STORE_DIRECT``, ``STORE_READ_ONLY``.
+      flags: ``STORE_DIRECT``, ``STORE_READ_ONLY``, ``STORE_WRITE_ONLY``.
     """
 
     def __init__(self, engine: NativeEngine, dir_fd: int, size_bytes: int, flags: int) -> None:
@@ -510,6 +514,50 @@ class NativeStore(_Handle):
         """
         result = self._lib.lhb_store_reconcile(source.raw, source_layer, self.raw, layer)
         return _check("reconcile replicas", result)
+
+    def begin_units(self, layer: int, size_bytes: int) -> None:
+        """Make a frozen layer ready for :meth:`write_unit`, with this size. Blocking."""
+        result = self._lib.lhb_unit_begin(self.raw, layer, size_bytes)
+        _check("prepare a layer for its rebuild", result)
+
+    def read_unit(self, layer: int, offset_bytes: int, unit: NativeUnit) -> int:
+        """Read a piece of a frozen layer. Blocking. Returns the bytes of data it has."""
+        result = self._lib.lhb_unit_read(self.raw, layer, offset_bytes, unit.raw)
+        return _check(f"read a layer at {offset_bytes}", result)
+
+    def write_unit(self, layer: int, offset_bytes: int, unit: NativeUnit, *, empty: bool) -> int:
+        """Make a frozen layer equal to a unit there. Blocking. Returns the bytes changed.
+
+        Args:
+          empty: it is known to have no data there.
+        """
+        result = self._lib.lhb_unit_write(self.raw, layer, offset_bytes, unit.raw, int(empty))
+        return _check(f"write a layer at {offset_bytes}", result)
+
+    def sync_units(self, layer: int) -> None:
+        """Put what :meth:`write_unit` wrote on stable storage. Blocking."""
+        _check("sync a layer", self._lib.lhb_unit_sync(self.raw, layer))
+
+
+class NativeUnit(_Handle):
+    """A megabyte of a layer in memory: which blocks it has, which it discarded, and the data."""
+
+    def __init__(self) -> None:
+        module = _module()
+        self._lib = module.lib
+        out = module.ffi.new("lhb_unit **")
+        _check("allocate a unit", module.lib.lhb_unit_open(out))
+        super().__init__(out[0])
+
+    def close(self) -> None:
+        """Release the memory."""
+        raw = self._take()
+        if raw is not None:
+            self._lib.lhb_unit_close(raw)
+
+    def hash(self, *, shape_only: bool = False) -> int:
+        """Hash of what it says; of which blocks there are and are discarded with ``shape_only``."""
+        return int(self._lib.lhb_unit_hash(self.raw, int(shape_only)))
 
 
 class NativePeer(_Handle):

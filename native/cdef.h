@@ -21,6 +21,9 @@
 
 #define LHB_STORE_DIRECT 1          /* cache=none: O_DIRECT files */
 #define LHB_STORE_READ_ONLY 2       /* nothing is opened for writing */
+/* Layers below the head are being rebuilt: they are not read, and taken to
+ * have every block. */
+#define LHB_STORE_WRITE_ONLY 4
 
 #define LHB_PEER_OURS 1             /* it knows the frames that are our own */
 
@@ -248,6 +251,29 @@ int lhb_store_add_side_layer (lhb_store *store, const char *image,
  * target's map is out of date afterwards: close and reopen it.  Blocking. */
 int64_t lhb_store_reconcile (lhb_store *source, int source_layer,
                              lhb_store *target, int target_layer);
+
+/* ---- Units: pieces of frozen layers, for a rebuild (rebuild.md).
+ *
+ * All but open and close are blocking.  Offsets are multiples of
+ * LHB_UNIT_BYTES.  Merges leave the layers alone meanwhile. */
+#define LHB_UNIT_BYTES 1048576
+typedef struct lhb_unit lhb_unit;
+
+int lhb_unit_open (lhb_unit **unit_out);
+void lhb_unit_close (lhb_unit *unit);
+/* Read a unit of a layer that is not the head.  Returns the bytes of data it
+ * has. */
+int64_t lhb_unit_read (lhb_store *store, int layer, uint64_t offset_bytes,
+                       lhb_unit *unit);
+/* Make a layer equal to a unit there, after lhb_unit_begin.  'empty': it is
+ * known to have no data there.  Returns the bytes changed. */
+int64_t lhb_unit_write (lhb_store *store, int layer, uint64_t offset_bytes,
+                        lhb_unit *unit, int empty);
+/* Which blocks it has and has discarded, and unless 'shape_only' its data. */
+uint64_t lhb_unit_hash (const lhb_unit *unit, int shape_only);
+/* Before the first write to a layer: it becomes ours and gets this size. */
+int lhb_unit_begin (lhb_store *store, int layer, uint64_t size_bytes);
+int lhb_unit_sync (lhb_store *store, int layer);
 
 /* ---- Volume: a replica set behind one range table. */
 

@@ -18,7 +18,11 @@ INTERRUPTED = 130
 
 _COMMANDS = {
     "serve": ("lhblock.cli._serve", "serve", "Serve volumes over NBD until stopped."),
-    "replica": ("lhblock.cli._replica", "replica", "Serve one replica to an engine elsewhere."),
+    "replica": (
+        "lhblock.cli._replicas",
+        "replica",
+        "Replicas of a volume: add, rm, ls, rebuild-status; or serve one.",
+    ),
     "volume": ("lhblock.cli._volume", "volume", "Create, list, show, expand, remove volumes."),
     "snapshot": ("lhblock.cli._snapshot", "snapshot", "Snapshots of a volume, served or not."),
     "attach": ("lhblock.cli._attach", "attach", "Make a volume a block device of this host."),

@@ -57,6 +57,21 @@ _SHOWN_VOLUMES_MAX = 20
     help="Threads at most for I/O that would stall a queue, 1-64.  [default: 16]",
 )
 @click.option("--max-connections", metavar="N", help="Clients at once.  [default: 1024]")
+@click.option(
+    "--rebuild-rate",
+    metavar="MIB_S",
+    help="MiB a second at most for rebuilding a replica; 0 is no limit.  [default: 0]",
+)
+@click.option(
+    "--rebuild-streams",
+    metavar="N",
+    help="Pieces that a rebuild copies at a time, 1-8.  [default: 2]",
+)
+@click.option(
+    "--no-rebuild",
+    is_flag=True,
+    help="Leave replicas that were away, or failed, alone until 'lhblock replica add'.",
+)
 @click.option("--stdio", is_flag=True, help="Serve one client on standard input and output.")
 @common_options
 def serve(
@@ -65,6 +80,7 @@ def serve(
     size: int | None,
     max_connections: str | None,
     no_tcp: bool,
+    no_rebuild: bool,
     read_only: bool,
     stdio: bool,
     replica: tuple[str, ...],
@@ -75,7 +91,8 @@ def serve(
     A client chooses a volume by its name as export name; VOLUME@SNAPSHOT is a read-only export
     of a snapshot. A second signal stops at once. Each option but --size, --replica and --stdio
     can be given as a variable: LHBLOCK_LISTEN, LHBLOCK_TCP=0, LHBLOCK_SOCKET, LHBLOCK_CACHE,
-    LHBLOCK_READ_ONLY, LHBLOCK_DRIVER, LHBLOCK_QUEUES, LHBLOCK_WORKERS, LHBLOCK_CONNECTIONS_MAX.
+    LHBLOCK_READ_ONLY, LHBLOCK_DRIVER, LHBLOCK_QUEUES, LHBLOCK_WORKERS, LHBLOCK_CONNECTIONS_MAX,
+    LHBLOCK_REBUILD=0, LHBLOCK_REBUILD_RATE, LHBLOCK_REBUILD_STREAMS.
 
     \b
     lhblock serve db --size 100G
@@ -94,6 +111,7 @@ def serve(
     settings = serve_settings(
         replica=replica or None,
         tcp=False if no_tcp else None,
+        rebuild=False if no_rebuild else None,
         read_only=True if read_only else None,
         connections_max=max_connections,
         **options,

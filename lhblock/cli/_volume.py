@@ -251,7 +251,12 @@ def _summary(registry: Registry, name: str) -> dict[str, Any]:
 
 
 def _document(record: VolumeRecord, status: Any, *, served: bool) -> dict[str, Any]:
-    from lhblock.cli._documents import client_document, job_document, numbers
+    from lhblock.cli._documents import (
+        client_document,
+        job_document,
+        numbers,
+        rebuild_document,
+    )
 
     return {
         "name": record.name,
@@ -271,6 +276,7 @@ def _document(record: VolumeRecord, status: Any, *, served: bool) -> dict[str, A
                 "mode": item.mode,
                 "error": item.error,
                 "generation": item.generation,
+                "rebuild": rebuild_document(item.rebuild) if item.HasField("rebuild") else None,
             }
             for item in status.replicas
         ],
@@ -285,6 +291,8 @@ def _document(record: VolumeRecord, status: Any, *, served: bool) -> dict[str, A
 
 
 def _print_info(document: dict[str, Any]) -> None:
+    from lhblock.cli._documents import describe_rebuild
+
     where = f"served by process {document['pid']}" if document["serving"] else "stopped"
     mode = ", read-only" if document["read_only"] else ""
     fields = [
@@ -298,6 +306,8 @@ def _print_info(document: dict[str, Any]) -> None:
     for item in document["replicas"]:
         error = f": {item['error']}" if item["error"] else ""
         fields.append(("replica", f"{item['mode']}  {item['path']}{error}"))
+        if item["rebuild"]:
+            fields.append(("rebuild", describe_rebuild(item["rebuild"])))
     fields.extend(
         ("client", f"{item['peer']}  {item['export']}  since {item['since']}")
         for item in document["clients"]

@@ -6,7 +6,13 @@ Nothing here knows of sockets being listened on or of text for terminals.
 from __future__ import annotations
 
 from lhblock._native import CloseReason
-from lhblock.engine._config import CacheMode, DriverChoice, EngineOptions, VolumeConfig
+from lhblock.engine._config import (
+    CacheMode,
+    DriverChoice,
+    EngineOptions,
+    RebuildOptions,
+    VolumeConfig,
+)
 from lhblock.engine._device import Connection, Device
 from lhblock.engine._driven import (
     DrivenReplica,
@@ -18,6 +24,7 @@ from lhblock.engine._driven import (
 from lhblock.engine._engine import Engine, open_engine
 from lhblock.engine._info import (
     JobInfo,
+    RebuildInfo,
     ReplicaInfo,
     ScrubMismatch,
     ScrubReport,
@@ -39,6 +46,8 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "JobInfo",
+    "RebuildInfo",
+    "RebuildOptions",
     "ReplicaDisk",
     "ReplicaFound",
     "ReplicaInfo",

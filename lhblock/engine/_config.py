@@ -17,6 +17,7 @@ CacheMode: TypeAlias = Literal["writeback", "none"]
 
 QUEUES_MAX = 64
 WORKERS_MAX = 64
+STREAMS_MAX = 8
 SIZE_BYTES_MAX = 1 << 50  # beyond this a file offset times a few factors gets close to 2**63
 
 _VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -49,6 +50,30 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class RebuildOptions:
+    """How replicas are rebuilt.
+
+    Attributes:
+      automatic: replicas of this volume that were away, or failed, are brought back unasked.
+      rate_bytes_s: at most so much is compared and copied in a second; 0 is no limit.
+      streams: units under way at a time, 1..8.
+
+    Raises:
+      UsageError: a value is out of range.
+    """
+
+    automatic: bool = False
+    rate_bytes_s: int = 0
+    streams: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.streams <= STREAMS_MAX:
+            raise UsageError(f"{self.streams} rebuild streams: choose 1 to {STREAMS_MAX}")
+        if self.rate_bytes_s < 0:
+            raise UsageError(f"rebuild rate {self.rate_bytes_s}: choose 0 or more bytes a second")
+
+
+@dataclass(frozen=True)
 class VolumeConfig:
     """A volume to open.
 
@@ -59,6 +84,7 @@ class VolumeConfig:
       cache: ``writeback`` uses the page cache; ``none`` opens files with O_DIRECT.
       read_only: opens directories with a shared lock and writes nothing, metadata included.
       limits: of the snapshots.
+      rebuild: how replicas are rebuilt.
 
     Raises:
       UsageError: a value that cannot be.
@@ -70,6 +96,7 @@ class VolumeConfig:
     cache: CacheMode = "writeback"
     read_only: bool = False
     limits: SnapshotLimits = field(default_factory=SnapshotLimits)
+    rebuild: RebuildOptions = field(default_factory=RebuildOptions)
 
     def __post_init__(self) -> None:
         check_volume_name(self.name)

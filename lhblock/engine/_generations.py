@@ -22,3 +22,15 @@ def leave_behind(
     present = [member.generation for member in survivors]
     made = supersede(present, left=left, reason=reason, time=utc_now())
     return dict(zip(survivors, made, strict=True))
+
+
+def let_in(
+    survivors: Sequence[Member], joined: Collection[str], reason: str
+) -> dict[Member, Generation]:
+    """The generation that each survivor has to make durable before ``joined`` count as members.
+
+    Args: as :func:`leave_behind`.
+    """
+    present = [member.generation for member in survivors]
+    made = supersede(present, left=[], joined=joined, reason=reason, time=utc_now())
+    return dict(zip(survivors, made, strict=True))

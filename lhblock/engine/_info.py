@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 VolumeState: TypeAlias = Literal["healthy", "degraded", "faulted"]
-ReplicaMode: TypeAlias = Literal["RW", "ERR"]
+RebuildPhase: TypeAlias = Literal[
+    "waiting", "preparing", "copying", "verifying", "finishing", "refused"
+]
+ReplicaMode: TypeAlias = Literal["RW", "WO", "ERR"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ReplicaInfo:
 
     Attributes:
       address: the directory's path.
-      mode: ``RW`` takes part, ``ERR`` was left out or dropped.
+      mode: ``RW`` takes part, ``WO`` is being rebuilt, ``ERR`` was left out or dropped.
       error: why it is not ``RW``; "" otherwise.
       generation: counter of the newest generation it is known to hold; 0 if unknown.
     """
@@ -52,6 +55,34 @@ class ReplicaInfo:
     mode: ReplicaMode
     error: str
     generation: int
+
+
+@dataclass(frozen=True)
+class RebuildInfo:
+    """The rebuild of one replica, going on or to come.
+
+    Attributes:
+      address: the directory's path.
+      phase: ``waiting`` for its turn or for the next attempt; ``preparing``, ``copying``,
+        ``verifying``, ``finishing``; ``refused``: only the user can say that it may be overwritten.
+      source: address of the replica that is copied from.
+      done_bytes: of ``total_bytes``, what is copied and what is verified; both count.
+      total_bytes: what either has of the layers that may differ, twice; 0 while that is unknown.
+      rate_bytes_s: mean since this attempt began.
+      left_s: estimated seconds to go, or None.
+      attempts: how often it was begun.
+      error: why the last attempt ended; "" otherwise.
+    """
+
+    address: str
+    phase: RebuildPhase
+    source: str
+    done_bytes: int
+    total_bytes: int
+    rate_bytes_s: int
+    left_s: float | None
+    attempts: int
+    error: str
 
 
 @dataclass(frozen=True)

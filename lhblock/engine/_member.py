@@ -8,23 +8,35 @@ lives here and changes only under the volume's structure lock.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
-from lhblock._native import NativeEngine, NativeStore, NativeVolume
+from lhblock._native import UNIT_BYTES, NativeEngine, NativeStore, NativeUnit, NativeVolume
 from lhblock.engine._limits import SnapshotUsage
-from lhblock.errors import ReplicaError, ReplicaIO
-from lhblock.replica import Disk, Generation, PendingHead, ReplicaDirectory
+from lhblock.engine._occupied import occupied_steps
+from lhblock.errors import NativeError, ReplicaError, ReplicaIO
+from lhblock.replica import (
+    Disk,
+    Generation,
+    LayerStamp,
+    PendingHead,
+    ReplicaDirectory,
+    valid_checksum,
+)
 
 
 class MemberState(Enum):
     """Where a replica stands.
 
-    ``USABLE`` takes part. ``FAILING`` missed something and the others do not say so yet, so
-    acknowledgements wait. ``LEFT`` is named stale by the others, or was never let in.
+    ``USABLE`` takes part. ``REBUILDING`` gets every change and answers no reads, while what it
+    lacks is copied; nothing depends on it. ``FAILING`` missed something and the others do not say
+    so yet, so acknowledgements wait. ``LEFT`` is named stale by the others, or was never let in.
     """
 
     USABLE = "usable"
+    REBUILDING = "rebuilding"
     FAILING = "failing"
     LEFT = "left"
 
@@ -113,6 +125,93 @@ class Member:
         )
         self.side_images = set()
         self.epoch += 1
+
+    # ---- Units of frozen layers, for a rebuild.
+
+    def layer_stamp(self, image: str) -> LayerStamp:
+        """What changes when anybody writes to a frozen layer's file."""
+        return LayerStamp.of(self._stat(image))
+
+    def occupied_units(self, image: str) -> list[int]:
+        """Offsets of the units in which a frozen layer has data or discards. Blocking."""
+        with self._doing("read", image):
+            return occupied_steps(self.directory.dir_fd, image, UNIT_BYTES)
+
+    def checksum(self, image: str) -> str:
+        """The recorded checksum of a layer's data; "" when there is none that counts. Blocking."""
+        with self._doing("read", image):
+            record = valid_checksum(self.directory.dir_fd, image)
+        return "" if record is None or record.silently_corrupted else record.checksum
+
+    def open_units(self, image: str) -> None:
+        """Make a frozen layer ready for the calls below. Blocking."""
+        self.side_layer(image)
+
+    def begin_units(self, image: str, size_bytes: int) -> None:
+        """Make a frozen layer ready to be written, and this long. Blocking."""
+        with self._doing("prepare", image):
+            self.store.begin_units(self.layers[image], size_bytes)
+
+    def read_unit(self, image: str, offset_bytes: int, unit: NativeUnit) -> None:
+        """Read a unit of a frozen layer. Blocking; several threads may."""
+        with self._doing("read", image):
+            self.store.read_unit(self.layers[image], offset_bytes, unit)
+
+    def write_unit(self, image: str, offset_bytes: int, unit: NativeUnit, *, empty: bool) -> int:
+        """Make a frozen layer equal to a unit; return the bytes that changed. Blocking; several
+        threads may, with different units.
+
+        Args:
+          empty: the layer is known to have no data there.
+        """
+        with self._doing("write", image):
+            return self.store.write_unit(self.layers[image], offset_bytes, unit, empty=empty)
+
+    def sync_units(self, image: str) -> None:
+        """Put what was written to a frozen layer on stable storage. Blocking."""
+        with self._doing("sync", image):
+            self.store.sync_units(self.layers[image])
+
+    @contextmanager
+    def _doing(self, what: str, image: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, NativeError) as error:
+            raise ReplicaIO(self.path, f"cannot {what} {image}: {sentence(error)}") from error
+
+    def take_up(self, directory: ReplicaDirectory) -> None:
+        """Have a directory, opened for a rebuild. It has none yet."""
+        assert self._directory is None
+        self._directory = directory
+
+    def begin_promotion(
+        self, engine: NativeEngine, flags: int
+    ) -> tuple[NativeStore, dict[str, int]]:
+        """Open the complete chain beside the store that is written, but for its start.
+
+        Blocking: reads the extent maps of the layers below the head.
+
+        Raises:
+          NativeError: nothing is left open.
+        """
+        store = NativeStore(engine, self.directory.dir_fd, self.directory.size_bytes, flags)
+        try:
+            layers = {
+                disk.name: store.add_layer(disk.name, ReplicaDirectory.discard_name(disk.name))
+                for disk in self.directory.chain
+            }
+        except BaseException:
+            store.close()
+            raise
+        return store, layers
+
+    def end_promotion(self, store: NativeStore, layers: dict[str, int]) -> NativeStore:
+        """Use the store from now on; return the old one, which the caller closes."""
+        old, self._store = self.store, store
+        self.layers = layers
+        self.side_images = set()
+        self.epoch += 1
+        return old
 
     def swap_store(self, engine: NativeEngine, flags: int) -> NativeStore:
         """Open the chain anew, after a revert; return the old store, which the caller closes."""

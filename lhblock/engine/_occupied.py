@@ -9,40 +9,39 @@ from collections.abc import Iterator
 from lhblock._native import BLOCK_BYTES, MERGE_STEP_BYTES, next_extent
 from lhblock.replica import ReplicaDirectory
 
-_DISCARD_BYTES_PER_STEP = MERGE_STEP_BYTES // BLOCK_BYTES // 8
 
+def occupied_steps(dir_fd: int, image: str, step_bytes: int = MERGE_STEP_BYTES) -> list[int]:
+    """Begins of the steps in which a frozen layer has data or discarded blocks. Blocking.
 
-def occupied_steps(dir_fd: int, image: str) -> list[int]:
-    """Begins of the merge steps in which a frozen layer has data or discarded blocks. Blocking.
-
-    Costs one system call for each step that is occupied, whatever the size of the volume.
+    Costs a system call for each extent or step that is occupied, whatever the size of the volume.
 
     Args:
       dir_fd: the replica directory.
       image: the layer's file in it.
+      step_bytes: a multiple of eight blocks.
 
     Raises:
       OSError, NativeError: a file cannot be read.
     """
-    steps = set(_data_steps(dir_fd, image))
-    steps.update(_discard_steps(dir_fd, ReplicaDirectory.discard_name(image)))
-    return [step * MERGE_STEP_BYTES for step in sorted(steps)]
+    steps = set(_data_steps(dir_fd, image, step_bytes))
+    steps.update(_discard_steps(dir_fd, ReplicaDirectory.discard_name(image), step_bytes))
+    return [step * step_bytes for step in sorted(steps)]
 
 
-def _data_steps(dir_fd: int, image: str) -> Iterator[int]:
+def _data_steps(dir_fd: int, image: str, step_bytes: int) -> Iterator[int]:
     fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
     try:
         step = 0
-        while (extent := next_extent(fd, step * MERGE_STEP_BYTES)) is not None:
-            # One that began earlier reaches into this step.
-            step = max(step, extent.offset_bytes // MERGE_STEP_BYTES)
-            yield step
-            step += 1
+        while (extent := next_extent(fd, step * step_bytes)) is not None:
+            end = -(-(extent.offset_bytes + extent.length_bytes) // step_bytes)
+            yield from range(extent.offset_bytes // step_bytes, end)
+            step = end
     finally:
         os.close(fd)
 
 
-def _discard_steps(dir_fd: int, discard: str) -> Iterator[int]:
+def _discard_steps(dir_fd: int, discard: str, step_bytes: int) -> Iterator[int]:
+    file_bytes = step_bytes // BLOCK_BYTES // 8
     try:
         fd = os.open(discard, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
     except FileNotFoundError:
@@ -51,12 +50,12 @@ def _discard_steps(dir_fd: int, discard: str) -> Iterator[int]:
         step = 0
         while True:
             try:
-                byte = os.lseek(fd, step * _DISCARD_BYTES_PER_STEP, os.SEEK_DATA)
+                byte = os.lseek(fd, step * file_bytes, os.SEEK_DATA)
             except OSError as error:
                 if error.errno == errno.ENXIO:  # only holes from here on
                     return
                 raise
-            step = byte // _DISCARD_BYTES_PER_STEP
+            step = byte // file_bytes
             yield step
             step += 1
     finally:

@@ -14,23 +14,38 @@ holds them may be waiting for I/O that waits for the fence.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, TypeVar
 
 import structlog
 import trio
 
-from lhblock._native import NativeStore, NativeVolume
-from lhblock.engine._generations import leave_behind
-from lhblock.engine._info import ReplicaInfo, VolumeState
+from lhblock._native import NativeStore, NativeVolume, StoreMode
+from lhblock.engine._generations import leave_behind, let_in
+from lhblock.engine._info import ReplicaInfo, ReplicaMode, VolumeState
 from lhblock.engine._member import Member, MemberState, sentence
 from lhblock.engine._threads import run_fence, run_metadata
-from lhblock.errors import LhblockError, NativeError, NotServing, ReplicaIO, VolumeFaulted
+from lhblock.errors import (
+    LhblockError,
+    NativeError,
+    NotServing,
+    ReplicaIO,
+    VolumeBusy,
+    VolumeFaulted,
+)
+from lhblock.replica import Generation
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+_MODES: Final[Mapping[MemberState, ReplicaMode]] = {
+    MemberState.USABLE: "RW",
+    MemberState.REBUILDING: "WO",
+}
 
 
 class ReplicaSet:
@@ -42,6 +57,7 @@ class ReplicaSet:
       native: what the usable stores are published to; :meth:`publish` does it first.
       read_only: nothing can be missed, so a fence has nothing to write down.
       deliver_events: brings events that wait in the ring to :meth:`note_failure`.
+      on_left: called when a member has become ``LEFT``.
       on_faulted: called once, when no replica is left that acknowledgements could rest on.
     """
 
@@ -54,14 +70,16 @@ class ReplicaSet:
         read_only: bool,
         deliver_events: Callable[[], None],
         on_faulted: Callable[[], None],
+        on_left: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name
         self._native = native
         self._deliver_events = deliver_events
         self._on_faulted = on_faulted
+        self._on_left = on_left
         self._fence_lock = trio.Lock()
         self._freeze_lock = trio.Lock()
-        self._published: list[NativeStore] = []
+        self._published: list[tuple[NativeStore, StoreMode]] = []
         self._faulted = ""
         self._closed = False
         self._read_only = read_only
@@ -103,12 +121,22 @@ class ReplicaSet:
             reasons = "; ".join(f"{member.path}: {member.error}" for member in self.members)
             raise VolumeFaulted(self._name, f"no usable replica is left: {reasons}")
 
+    @property
+    def rebuilding(self) -> list[Member]:
+        """Members that get every change but answer no reads, in configured order."""
+        return [member for member in self.members if member.state is MemberState.REBUILDING]
+
+    @property
+    def writers(self) -> list[Member]:
+        """Members that get every change."""
+        return [*self.usable, *self.rebuilding]
+
     def info(self) -> tuple[ReplicaInfo, ...]:
         """Describe every configured replica. Those of a faulted volume all say why."""
         return tuple(
             ReplicaInfo(
                 address=str(member.path),
-                mode="ERR" if self._faulted or member.state is not MemberState.USABLE else "RW",
+                mode="ERR" if self._faulted else _MODES.get(member.state, "ERR"),
                 error=member.error or self._faulted,
                 generation=member.generation_counter,
             )
@@ -116,11 +144,17 @@ class ReplicaSet:
         )
 
     def publish(self) -> None:
-        """Make the usable stores the replica set. Before the first request, or frozen."""
-        stores = [member.store for member in self.usable]
-        if stores and stores != self._published:
-            self._native.publish(stores)
-            self._published = stores
+        """Make the members' stores the replica set. Before the first request, or frozen."""
+        wanted = self._wanted()
+        if self.usable and wanted != self._published:
+            self._native.publish([store for store, _ in wanted], [mode for _, mode in wanted])
+            self._published = wanted
+
+    def _wanted(self) -> list[tuple[NativeStore, StoreMode]]:
+        return [
+            *((member.store, StoreMode.RW) for member in self.usable),
+            *((member.store, StoreMode.WO) for member in self.rebuilding),
+        ]
 
     def note_failure(self, member: Member, reason: str, *, by_core: bool = False) -> bool:
         """Mark a member as failing, unless it is the last one. :meth:`fence` must follow.
@@ -131,6 +165,9 @@ class ReplicaSet:
         Returns:
           Whether it was marked.
         """
+        if member.state is MemberState.REBUILDING:
+            self.lose_rebuilding(member, reason, by_core=by_core)
+            return True
         if member.state is not MemberState.USABLE:
             return False
         if self.usable == [member]:
@@ -141,6 +178,138 @@ class ReplicaSet:
         self.failures += 1
         log.error("replica failed", volume=self._name, replica=str(member.path), reason=reason)
         return True
+
+    def lose_rebuilding(self, member: Member, reason: str, *, by_core: bool = False) -> None:
+        """A member that is being rebuilt cannot go on. Nobody believed it, so nothing is fenced.
+
+        :meth:`withdraw` must follow, before its store is closed.
+        """
+        assert member.state is MemberState.REBUILDING
+        member.state = MemberState.LEFT
+        member.error = reason
+        member.dropped_by_core = by_core
+        self._on_left()
+
+    async def join(self, member: Member) -> None:
+        """Name a rebuilt replica as a member: on the others first, then on itself.
+
+        It is still marked as rebuilding, so a crash in between leaves one that nobody believes.
+        Not cancelled.
+
+        Raises:
+          LhblockError: it could not be recorded everywhere; it is no member.
+        """
+        with trio.CancelScope(shield=True):
+            async with self._fence_lock:
+                survivors = self.usable
+                joined = member.generation.replica_id
+                made = let_in(survivors, [joined], f"{member.path.name} was rebuilt")
+                await self._write_generations(survivors, made)
+                await self._give_generation(member)
+            await self.fence()
+            self.check()
+
+    async def _write_generations(
+        self, members: Sequence[Member], made: Mapping[Member, Generation]
+    ) -> bool:
+        """Whether all have it now; the others are failing, unless that is all of them.
+
+        Raises:
+          ReplicaIO: none has it.
+        """
+        errors: dict[Member, BaseException] = {}
+
+        async def write(member: Member) -> None:
+            try:
+                await run_fence(member.directory.write_generation, made[member])
+            except (LhblockError, OSError) as error:
+                errors[member] = error
+
+        async with trio.open_nursery() as nursery:
+            for member in members:
+                nursery.start_soon(write, member)
+        if len(errors) == len(members):
+            first = next(iter(errors))
+            raise ReplicaIO(
+                first.path, f"cannot record a new generation: {sentence(errors[first])}"
+            )
+        for member, error in errors.items():
+            self.note_failure(member, f"cannot record a new generation: {sentence(error)}")
+        return not errors
+
+    async def _give_generation(self, member: Member) -> None:
+        """The newest generation, on one that is marked as rebuilding."""
+        newest = max((m.generation for m in self.usable), key=lambda each: each.counter)
+        own = replace(newest, replica_id=member.generation.replica_id)
+        if own.counter != member.generation.counter or own.members != member.generation.members:
+            await run_fence(member.directory.note_repaired)
+            await run_fence(member.directory.write_generation, own)
+
+    async def complete(self, member: Member, started: Callable[[], None]) -> None:
+        """From a member that is written to one that takes part. I/O is frozen by the caller.
+
+        Args:
+          started: blocking; makes the member's store one that can be read.
+
+        Raises:
+          LhblockError: it takes no part; if that is not certain, it is ``FAILING`` and the end of
+            the freeze fences it.
+        """
+        assert member.state is MemberState.REBUILDING
+        await run_metadata(member.store.sync)
+        await run_metadata(started)
+        async with self._fence_lock:
+            self.check()
+            await self._give_generation(member)
+            if member.generation.replica_id not in self.first.generation.members:
+                raise ReplicaIO(member.path, "was left behind while it was let in")
+            try:
+                await run_fence(member.directory.set_rebuilding, False)
+            except (LhblockError, OSError) as error:
+                # The mark may be gone all the same.
+                member.state = MemberState.FAILING
+                member.error = f"cannot record that it is complete: {sentence(error)}"
+                raise
+            member.state = MemberState.USABLE
+            member.error = ""
+            member.dropped_by_core = False
+
+    def add(self, member: Member) -> None:
+        """Configure one more, which takes no part yet."""
+        assert member.state is MemberState.LEFT
+        self.members.append(member)
+
+    def find(self, path: Path) -> Member | None:
+        """The member at a path."""
+        wanted = path.absolute()
+        return next((m for m in self.members if m.path.absolute() == wanted), None)
+
+    def refuse_removal(self, member: Member) -> None:
+        """Raises VolumeBusy if a member is the last usable one."""
+        if self.usable == [member]:
+            raise VolumeBusy(
+                self._name, f"{member.path} is its last usable replica and cannot be removed"
+            )
+
+    async def remove(self, member: Member) -> None:
+        """Take a member out for good, named as left behind by the others if it took part.
+
+        Raises:
+          VolumeBusy: it is the last usable one.
+
+        Not cancelled.
+        """
+        with trio.CancelScope(shield=True):
+            self.refuse_removal(member)
+            if member.state is MemberState.USABLE:
+                member.state = MemberState.FAILING
+                member.error = "removed"
+                member.dropped_by_core = False
+            elif member.state is MemberState.REBUILDING:
+                self.lose_rebuilding(member, "removed")
+            await self.withdraw()
+            self.check()
+            self.members.remove(member)
 
     def fault(self, reason: str) -> None:
         """Give up: nothing may be acknowledged any more."""
@@ -168,18 +337,27 @@ class ReplicaSet:
         Not cancelled once I/O is frozen.
         """
         await self.fence()
-        usable = [member.store for member in self.usable]
         dropped = [
             member.store
             for member in self.members
-            if member.state is MemberState.LEFT and member.dropped_by_core
+            if member.state is MemberState.LEFT and member.dropped_by_core and member.has_store
         ]
-        if [store for store in self._published if store not in dropped] != usable:
+        if [each for each in self._published if each[0] not in dropped] != self._wanted():
             try:
                 async with self.frozen():
                     pass
             except NotServing:
                 return  # closed meanwhile: nothing is published any more
+
+    async def unpublish(self, member: Member) -> None:
+        """Let the core know nothing of a member that takes no part, so that it may be closed.
+
+        Not cancelled once I/O is frozen.
+        """
+        assert member.state is MemberState.LEFT
+        if member.has_store and any(store is member.store for store, _ in self._published):
+            async with self.frozen():
+                pass
 
     async def close_native(self) -> None:
         """Close connections, end requests, and let nobody use the native volume any more.
@@ -203,30 +381,18 @@ class ReplicaSet:
             [member.generation.replica_id for member in failing],
             "; ".join(f"{member.path.name}: {member.error}" for member in failing),
         )
-        errors: dict[Member, BaseException] = {}
-
-        async def write(member: Member) -> None:
-            try:
-                await run_fence(member.directory.write_generation, generations[member])
-            except (LhblockError, OSError) as error:
-                errors[member] = error
-
-        async with trio.open_nursery() as nursery:
-            for member in survivors:
-                nursery.start_soon(write, member)
-        if len(errors) == len(survivors):
-            reasons = "; ".join(f"{m.path}: {sentence(error)}" for m, error in errors.items())
-            self.fault(f"no replica could record that another one failed: {reasons}")
+        try:
+            return await self._write_generations(survivors, generations)
+        except ReplicaIO as error:
+            self.fault(f"no replica could record that another one failed: {error}")
             for member in failing:
                 member.state = MemberState.LEFT  # its acknowledgements are never released
             return False
-        for member, error in errors.items():
-            self.note_failure(member, f"cannot record a new generation: {sentence(error)}")
-        return not errors
 
     def _release(self, failing: list[Member]) -> None:
         for member in failing:
             member.state = MemberState.LEFT
+            self._on_left()
             if not member.dropped_by_core:
                 continue  # frozen() publishes a set without it
             try:
@@ -272,12 +438,15 @@ class ReplicaSet:
     ) -> dict[Member, T]:
         """Run a blocking function on members in parallel; drop those that fail among others.
 
+        One that is being rebuilt may be among them: it counts neither as a success nor as a
+        failure, and its rebuild ends when it fails.
+
         A member that failed is ``FAILING`` afterwards, and fenced: but it stays in the published
         set until the caller freezes or calls :meth:`withdraw`.
 
         Args:
           function: undoes what it did when it raises.
-          members: default all usable ones. Members that stopped being usable are skipped.
+          members: default all usable ones. Members that take no part any more are skipped.
           during: what is going on, for the reason: ``"taking a snapshot"``.
 
         Returns:
@@ -290,7 +459,8 @@ class ReplicaSet:
         Cancelled before threads start: nothing was done. After that it is carried through.
         """
         self.check()
-        chosen = [m for m in (members or self.usable) if m.state is MemberState.USABLE]
+        takes_part = (MemberState.USABLE, MemberState.REBUILDING)
+        chosen = [member for member in (members or self.usable) if member.state in takes_part]
         results: dict[Member, T] = {}
         errors: dict[Member, Exception] = {}
 
@@ -305,10 +475,14 @@ class ReplicaSet:
             async with trio.open_nursery() as nursery:
                 for member in chosen:
                     nursery.start_soon(run, member)
-            if not results:
-                if not errors:
+            if not any(member.state is MemberState.USABLE for member in results):
+                # What they did alone makes them different from the others.
+                for member in results:
+                    self.lose_rebuilding(member, f"no other replica came through {during}")
+                failed = [m for m in errors if m.state is MemberState.USABLE]
+                if not failed:
                     raise VolumeFaulted(self._name, f"no usable replica is left while {during}")
-                first = min(errors, key=self.members.index)
+                first = min(failed, key=self.members.index)
                 if isinstance(errors[first], NativeError | OSError):
                     raise ReplicaIO(
                         first.path, f"failed while {during}: {sentence(errors[first])}"

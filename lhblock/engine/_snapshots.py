@@ -19,7 +19,7 @@ from lhblock.engine._clock import utc_now
 from lhblock.engine._config import check_size
 from lhblock.engine._info import SnapshotInfo
 from lhblock.engine._limits import SnapshotLimits, check_limits, check_new_limits
-from lhblock.engine._member import Member
+from lhblock.engine._member import Member, MemberState
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import (
@@ -139,44 +139,79 @@ class SnapshotTree:
           created: the time to note, when another host has set it for all replicas.
         """
         snapshot = str(uuid.uuid4()) if snapshot is None else snapshot
-        image = snapshot_image(snapshot)
         async with self.lock:
-            self._replicas.check()
-            for member in self._replicas.usable:
-                known = member.directory.disks.get(image)
-                if known is not None:
-                    why = "is still being merged away" if known.removed else "already exists"
-                    raise SnapshotExists(self._name, f"snapshot {snapshot!r} {why}")
-            usages = await self._replicas.each(Member.usage, during="counting snapshots")
-            check_limits(self._name, self.limits, list(usages.values()))
-            noted = utc_now() if created is None else created
+            await self.create_locked(
+                snapshot,
+                labels=labels,
+                user_created=user_created,
+                created=utc_now() if created is None else created,
+                size_bytes=size_bytes,
+            )
+        self._changed()
+        return snapshot
 
-            def prepare(member: Member) -> PendingHead:
-                # What is synced now does not have to be while flushes wait.
-                member.store.sync()
-                pending = member.directory.prepare_snapshot(
-                    snapshot,
-                    user_created=user_created,
-                    created=noted,
-                    labels=labels,
-                    size_bytes=size_bytes,
-                )
-                member.prepare_head(pending)
-                return pending
+    async def check_room(self) -> None:
+        """Refuse what :meth:`create` would refuse, before something is prepared for it.
 
-            with trio.CancelScope(shield=True):
-                pending = await self._replicas.each(prepare, during="preparing a snapshot")
-                await self._switch(pending, size_bytes or self._native.size_bytes)
+        Raises:
+          SnapshotLimit: there are too many snapshots, or they hold too much.
+        """
+        usages = await self._replicas.each(Member.usage, during="counting snapshots")
+        check_limits(self._name, self.limits, list(usages.values()))
+
+    async def create_locked(
+        self,
+        snapshot: str,
+        *,
+        labels: Mapping[str, str],
+        user_created: bool,
+        created: str,
+        size_bytes: int | None = None,
+        joining: Member | None = None,
+    ) -> None:
+        """Take a snapshot, with the structure lock held.
+
+        Args:
+          joining: has the snapshot and an empty head already; it gets every change from the moment
+            of the switch on.
+        """
+        image = snapshot_image(snapshot)
+        self._replicas.check()
+        for member in self._replicas.writers:
+            known = member.directory.disks.get(image)
+            if known is not None:
+                why = "is still being merged away" if known.removed else "already exists"
+                raise SnapshotExists(self._name, f"snapshot {snapshot!r} {why}")
+        await self.check_room()
+
+        def prepare(member: Member) -> PendingHead:
+            # What is synced now does not have to be while flushes wait.
+            member.store.sync()
+            pending = member.directory.prepare_snapshot(
+                snapshot,
+                user_created=user_created,
+                created=created,
+                labels=labels,
+                size_bytes=size_bytes,
+            )
+            member.prepare_head(pending)
+            return pending
+
+        with trio.CancelScope(shield=True):
+            pending = await self._replicas.each(
+                prepare, members=self._replicas.writers, during="preparing a snapshot"
+            )
+            await self._switch(pending, size_bytes or self._native.size_bytes, joining)
         log.info(
             "snapshot taken",
             volume=self._name,
             snapshot=snapshot,
             pause_us=self._replicas.pause_ns_last // 1000,
         )
-        self._changed()
-        return snapshot
 
-    async def _switch(self, pending: dict[Member, PendingHead], size_bytes: int) -> None:
+    async def _switch(
+        self, pending: dict[Member, PendingHead], size_bytes: int, joining: Member | None
+    ) -> None:
         def switch(member: Member) -> None:
             old_image = member.directory.head.name
             pending[member].commit()
@@ -193,6 +228,10 @@ class SnapshotTree:
                     self._native.resize(size_bytes)
                 # A flush that is answered now would rest on renames that are not durable yet.
                 self._native.gate_flushes(True)
+                if joining is not None:
+                    joining.state = MemberState.REBUILDING
+                    joining.error = ""
+                    joining.dropped_by_core = False
         except (LhblockError, OSError) as error:
             if committed:
                 self._replicas.fault(f"the head was switched on disk but not in memory: {error}")
@@ -233,6 +272,12 @@ class SnapshotTree:
         """Go back to a snapshot; see :meth:`Volume.revert_snapshot`."""
         async with self.lock:
             self._refuse_users()
+            if self._replicas.rebuilding:
+                raise VolumeBusy(
+                    self._name,
+                    f"cannot revert while replica {self._replicas.rebuilding[0].path} is being "
+                    "rebuilt; wait for it, or remove that replica",
+                )
             if self.find(snapshot).removed:
                 raise SnapshotBusy(self._name, f"cannot revert to removed snapshot {snapshot!r}")
             noted = utc_now() if created is None else created
@@ -282,13 +327,18 @@ class SnapshotTree:
                 raise SnapshotBusy(
                     self._name, f"snapshot {snapshot!r} is exported; disconnect its clients first"
                 )
-            await self._replicas.each(
-                lambda member: member.directory.mark_removed(snapshot),
-                during="marking a snapshot as removed",
-            )
-            await self._replicas.withdraw()
+            await self.mark_removed_locked(snapshot)
         log.info("snapshot marked as removed", volume=self._name, snapshot=snapshot)
         self._changed()
+
+    async def mark_removed_locked(self, snapshot: str) -> None:
+        """Mark a snapshot that there is, with the structure lock held."""
+        await self._replicas.each(
+            lambda member: member.directory.mark_removed(snapshot),
+            members=self._replicas.writers,
+            during="marking a snapshot as removed",
+        )
+        await self._replicas.withdraw()
 
     async def expand(self, size_bytes: int) -> bool:
         """Grow the volume; see :meth:`Volume.expand`. Returns whether anything changed."""

@@ -5,23 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 import trio
 
-from lhblock._native import VOLUME_READ_ONLY, Event, EventType, NativeVolume
+from lhblock._native import STORES_MAX, VOLUME_READ_ONLY, Event, EventType, NativeVolume
 from lhblock.engine._config import VolumeConfig
 from lhblock.engine._device import Connection, Device
-from lhblock.engine._info import JobInfo, ReplicaInfo, ScrubReport, SnapshotInfo, VolumeState
+from lhblock.engine._info import (
+    JobInfo,
+    RebuildInfo,
+    ReplicaInfo,
+    ScrubReport,
+    SnapshotInfo,
+    VolumeState,
+)
 from lhblock.engine._limits import SnapshotLimits
 from lhblock.engine._member import Member, MemberState
 from lhblock.engine._merge import Merger
 from lhblock.engine._opening import Opening
+from lhblock.engine._rebuild import Rebuilder
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._scrub import Scrubber
 from lhblock.engine._snapshots import SnapshotTree
 from lhblock.engine._statistics import MetricsSampler, VolumeMetrics, VolumeStatistics
+from lhblock.engine._target import make_target, open_target
 from lhblock.engine._threads import run_metadata
 from lhblock.engine._views import SnapshotView, Views
 from lhblock.errors import NativeError, ReplicaError, UsageError, VolumeError
@@ -62,6 +72,7 @@ class Volume(Device):
             read_only=config.read_only,
             deliver_events=engine.deliver_events,
             on_faulted=self.close_connections,
+            on_left=lambda: self._rebuilder.member_left(),
         )
         self._snapshots = SnapshotTree(
             config.name,
@@ -83,8 +94,22 @@ class Volume(Device):
             remove_device=engine.remove_device,
             changed=self._tree_changed,
         )
+        self._rebuilder = Rebuilder(
+            config.name,
+            engine.native,
+            native,
+            self._replicas,
+            self._snapshots,
+            store_flags=store_flags,
+            options=config.rebuild,
+            changed=self._tree_changed,
+        )
         self._merger = Merger(
-            config.name, self._replicas, native, self._snapshots.lock, pinned=self._views.pinned
+            config.name,
+            self._replicas,
+            native,
+            self._snapshots.lock,
+            pinned=lambda: self._views.pinned() | self._rebuilder.pinned(),
         )
         self._scrubber = Scrubber(config.name, self._replicas, self._snapshots.lock)
         self.config = config
@@ -133,6 +158,10 @@ class Volume(Device):
         """Merges going on now."""
         return self._merger.jobs()
 
+    def rebuilds(self) -> tuple[RebuildInfo, ...]:
+        """Replicas that are being rebuilt, wait for it, or cannot be without being told to."""
+        return self._rebuilder.infos()
+
     def open_views(self) -> tuple[str, ...]:
         """Names of the snapshots that have an open view."""
         return self._views.open_snapshots
@@ -153,6 +182,90 @@ class Volume(Device):
         volume has no timer.
         """
         return self._metrics.sample(self._native.statistics())
+
+    # ---- Replicas.
+
+    async def add_replica(self, path: Path, *, force: bool = False, rebuild: bool = True) -> None:
+        """Add a replica, or bring one back that takes no part; it is rebuilt in the background.
+
+        Args:
+          path: a directory that does not exist or is empty, or holds a replica of this volume that
+            was away. It may be one that is configured.
+          force: overwrite whatever replica it holds.
+          rebuild: False only prepares it, for a process that opens the volume later.
+
+        Raises:
+          UsageError: it takes part, or is being rebuilt, or there are too many.
+          ReplicaError: the directory cannot be used.
+
+        Cancelled before the directory is made: nothing was done. After that it is carried through.
+        """
+        self._refuse_read_only("add a replica")
+        known = self._replicas.find(path)
+        if known is not None and known.state is not MemberState.LEFT:
+            raise UsageError(f"volume {self.name}: {path} is one of its replicas already")
+        if known is None and len(self._replicas.members) >= STORES_MAX:
+            raise UsageError(f"volume {self.name} has {STORES_MAX} replicas, the most there can be")
+        first = self._replicas.first
+
+        def make() -> None:
+            make_target(
+                path,
+                like=first.generation,
+                size_bytes=self.size_bytes,
+                encrypted=first.directory.encrypted,
+            )
+
+        def mark() -> None:
+            others = [member.generation.replica_id for member in self._replicas.usable]
+            open_target(path, first, others, force=force).close()
+
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):
+            await run_metadata(make)
+            if not rebuild:
+                await run_metadata(mark)
+        member = known or Member(path, None, "waits for its rebuild")
+        if known is None:
+            self._replicas.add(member)
+        if rebuild:
+            self._rebuilder.request(member, force=force)
+
+    async def wait_rebuilt(self, path: Path) -> None:
+        """Wait until a replica takes part, over as many attempts as it takes.
+
+        Raises:
+          UsageError: it is no replica of the volume.
+          ReplicaStale: it may have what others have not, and is not touched without ``force``.
+
+        Cancelled: the rebuild goes on.
+        """
+        member = self._replicas.find(path)
+        if member is None:
+            raise UsageError(f"volume {self.name} has no replica {path}")
+        await self._rebuilder.wait(member)
+
+    async def remove_replica(self, path: Path) -> None:
+        """Take a replica out of the volume. Its directory stays as it is, and is stale from now on.
+
+        Raises:
+          UsageError: it is no replica of the volume.
+          VolumeBusy: it is the last usable one.
+
+        Cancelled before it is taken out: nothing was done.
+        """
+        self._refuse_read_only("remove a replica")
+        member = self._replicas.find(path)
+        if member is None:
+            raise UsageError(f"volume {self.name} has no replica {path}")
+        self._replicas.refuse_removal(member)
+        await self._rebuilder.interrupt()
+        with trio.CancelScope(shield=True):
+            async with self._snapshots.lock:
+                await self._replicas.remove(member)
+                self._rebuilder.forget(member)
+                await run_metadata(lambda: member.close(clean=False))
+        log.info("replica removed", volume=self.name, replica=str(path))
 
     # ---- Snapshots.
 
@@ -344,11 +457,10 @@ class Volume(Device):
             reason = f"I/O at {event.offset_bytes}: {os.strerror(event.error)}"
             if member.state is MemberState.USABLE and self._replicas.usable == [member]:
                 self._replicas.fault(f"its last replica {member.path} failed: {reason}")
-            elif self._replicas.note_failure(member, reason, by_core=True):
-                self._nursery.start_soon(self._replicas.withdraw)
             else:
-                # Python dropped it for a reason of its own at the same moment.
-                member.dropped_by_core = True
+                if not self._replicas.note_failure(member, reason, by_core=True):
+                    # Python dropped it for a reason of its own at the same moment.
+                    member.dropped_by_core = True
                 self._nursery.start_soon(self._replicas.withdraw)
 
     def _users(self) -> str:
@@ -373,10 +485,13 @@ class Volume(Device):
         if not self.read_only:
             self._merger.wake()
             self._nursery.start_soon(self._merger.run)
+            self._rebuilder.member_left()
+            self._nursery.start_soon(self._rebuilder.run)
 
     async def _close_native(self) -> None:
         # A merge step uses the native volume from a thread of its own: it ends first.
         if not self.read_only:
+            await self._rebuilder.stop()
             await self._merger.stop()
         async with self._snapshots.lock:
             await self._replicas.close_native()
@@ -403,6 +518,7 @@ async def open_volume(engine: Engine, config: VolumeConfig) -> AsyncIterator[Vol
             native_id = volume.native_id
             try:
                 volume._start()
+                members = volume._replicas.members  # some may come, and go
                 log.info(
                     "volume opened",
                     volume=config.name,

@@ -217,7 +217,13 @@ class _Offline:
                 driver = (engine.driver, engine.driver_reason)
                 self._services: dict[str, Handlers] = {
                     CONTROLLER: ControllerService(choice, self._registry).handlers,
-                    VOLUME: VolumeService(choice, driver=driver, clients=tuple).handlers,
+                    VOLUME: VolumeService(
+                        choice,
+                        registry=self._registry,
+                        serving=False,
+                        driver=driver,
+                        clients=tuple,
+                    ).handlers,
                 }
                 self._opened.set()
                 await trio.sleep_forever()

@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from lhblock.engine import Engine, EngineOptions, open_engine
+from lhblock.engine import Engine, EngineOptions, RebuildOptions, open_engine
 from lhblock.errors import LhblockError, UsageError, VolumeBusy, VolumeNotFound
 from lhblock.frontend.nbd import (
     ClientInfo,
@@ -291,7 +291,17 @@ async def _open(
 ) -> None:
     settings = process.settings
     served = await stack.enter_async_context(
-        open_served(engine, record, cache=settings.cache, read_only=settings.read_only)
+        open_served(
+            engine,
+            record,
+            cache=settings.cache,
+            read_only=settings.read_only,
+            rebuild=RebuildOptions(
+                automatic=settings.rebuild,
+                rate_bytes_s=settings.rebuild_rate << 20,
+                streams=settings.rebuild_streams,
+            ),
+        )
     )
     await served.refresh_record(process.registry)
     served.uris = tuple(str(listener.uri(record.name)) for listener in listeners)
@@ -315,7 +325,11 @@ async def _start_control(
     services = {
         CONTROLLER: ControllerService(choice, process.registry).handlers,
         VOLUME: VolumeService(
-            choice, driver=(engine.driver, engine.driver_reason), clients=clients
+            choice,
+            registry=process.registry,
+            serving=True,
+            driver=(engine.driver, engine.driver_reason),
+            clients=clients,
         ).handlers,
     }
     await nursery.start(

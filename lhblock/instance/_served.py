@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import trio
 
-from lhblock.engine import Engine, SnapshotLimits, Volume, VolumeConfig
+from lhblock.engine import Engine, RebuildOptions, SnapshotLimits, Volume, VolumeConfig
 from lhblock.errors import LhblockError
 from lhblock.instance._jobs import Jobs
 from lhblock.instance._registry import Registry, VolumeRecord
@@ -97,7 +97,12 @@ class ServedVolume:
 
 @asynccontextmanager
 async def open_served(
-    engine: Engine, record: VolumeRecord, *, cache: str | None = None, read_only: bool = False
+    engine: Engine,
+    record: VolumeRecord,
+    *,
+    cache: str | None = None,
+    read_only: bool = False,
+    rebuild: RebuildOptions | None = None,
 ) -> AsyncIterator[ServedVolume]:
     """Open a recorded volume for as long as the block lasts. Jobs end with it.
 
@@ -113,6 +118,7 @@ async def open_served(
         limits=SnapshotLimits(
             count_max=record.snapshot_count_max, size_bytes_max=record.snapshot_bytes_max
         ),
+        rebuild=rebuild or RebuildOptions(),
     )
     async with engine.open_volume(config) as volume:
         failure: Exception | None = None

@@ -34,6 +34,9 @@ class ServeSettings(BaseSettings):
       workers: threads for I/O that would stall a queue.
       connections_max: clients at once, over all volumes.
       handshake_timeout_s: how long a client may take to choose its export.
+      rebuild: replicas that were away, or failed, are brought back by themselves.
+      rebuild_rate: MiB a second at most for a rebuild; 0 is no limit.
+      rebuild_streams: units of a rebuild under way at a time.
       replica: directories of a new volume; none means the default one.
     """
 
@@ -51,6 +54,9 @@ class ServeSettings(BaseSettings):
     workers: Annotated[int, Field(ge=1, le=64)] = 16
     connections_max: Annotated[int, Field(ge=1, le=65536)] = 1024
     handshake_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    rebuild: bool = True
+    rebuild_rate: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    rebuild_streams: Annotated[int, Field(ge=1, le=8)] = 2
     replica: Annotated[tuple[Path, ...], NoDecode] = ()
 
 

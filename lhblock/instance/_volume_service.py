@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,11 +12,18 @@ import trio
 from google.protobuf.empty_pb2 import Empty
 
 from lhblock import __version__
-from lhblock.engine import JobInfo, VolumeStatistics
-from lhblock.errors import VolumeError
+from lhblock.engine import JobInfo, RebuildInfo, VolumeStatistics
+from lhblock.errors import LhblockError, UsageError, VolumeError
 from lhblock.frontend.nbd import ClientInfo
 from lhblock.instance._controller import Choice, check_revert_target, revert
 from lhblock.instance._jobs import Job
+from lhblock.instance._registry import (
+    MADE_DIRECTORY,
+    MADE_FILES,
+    MADE_NOTHING,
+    Registry,
+    ReplicaRecord,
+)
 from lhblock.instance._served import ServedVolume
 from lhblock.replica import snapshot_image, valid_checksum
 from lhblock.rpc import Call, CallFailed, Handlers
@@ -28,18 +36,24 @@ class VolumeService:
     Args:
       driver: name and reason of the I/O driver.
       clients: those connected to any volume of the process.
+      registry: where it is recorded which replicas a volume has.
+      serving: the volumes stay open, so that work in the background makes sense.
     """
 
     def __init__(
         self,
         choice: Choice,
         *,
+        registry: Registry,
+        serving: bool,
         driver: tuple[str, str],
         clients: Callable[[], Sequence[ClientInfo]],
     ) -> None:
         self._choice = choice
         self._driver = driver
         self._clients = clients
+        self._registry = registry
+        self._serving = serving
 
     @property
     def handlers(self) -> Handlers:
@@ -51,6 +65,9 @@ class VolumeService:
             "SnapshotHash": self.snapshot_hash,
             "MergeWait": self.merge_wait,
             "Scrub": self.scrub,
+            "ReplicaAdd": self.replica_add,
+            "ReplicaRemove": self.replica_remove,
+            "ReplicaWait": self.replica_wait,
             "JobGet": self.job_get,
             "JobCancel": self.job_cancel,
         }
@@ -59,6 +76,7 @@ class VolumeService:
         served = self._choice.volume(call)
         volume = served.volume
         driver, reason = self._driver
+        rebuilds = {item.address: _rebuild(item) for item in volume.rebuilds()}
         return pb.Status(
             name=served.name,
             size_bytes=volume.size_bytes,
@@ -75,6 +93,7 @@ class VolumeService:
                     mode=item.mode,
                     error=item.error,
                     generation=item.generation,
+                    rebuild=rebuilds.get(item.address),
                 )
                 for item in volume.replicas()
             ],
@@ -171,6 +190,43 @@ class VolumeService:
 
         return served.jobs.start("scrub", "", work).message
 
+    async def replica_add(self, request: pb.ReplicaAddRequest, call: Call) -> Empty:
+        served = self._choice.volume(call)
+        path = _replica_path(request.address)
+        made = await trio.to_thread.run_sync(_would_make, path)
+        with _sentences():
+            await served.volume.add_replica(
+                path, force=request.force, rebuild=self._serving or request.rebuild
+            )
+            if path not in served.record.paths:
+                replicas = (*served.record.replicas, ReplicaRecord(path, made))
+                await self._record(served, replicas)
+        return Empty()
+
+    async def replica_remove(self, request: pb.ReplicaRemoveRequest, call: Call) -> Empty:
+        served = self._choice.volume(call)
+        path = _replica_path(request.address)
+        with _sentences():
+            await served.volume.remove_replica(path)
+            await self._record(
+                served, tuple(item for item in served.record.replicas if item.path != path)
+            )
+        return Empty()
+
+    async def _record(self, served: ServedVolume, replicas: tuple[ReplicaRecord, ...]) -> None:
+        served.record = await trio.to_thread.run_sync(
+            lambda: self._registry.update(served.name, replicas=replicas)
+        )
+
+    async def replica_wait(self, request: pb.ReplicaWaitRequest, call: Call) -> pb.Job:
+        served = self._choice.volume(call)
+        path = _replica_path(request.address)
+
+        async def work(_message: pb.Job) -> None:
+            await served.volume.wait_rebuilt(path)
+
+        return served.jobs.start("rebuild", request.address, work).message
+
     async def job_get(self, request: pb.JobGetRequest, call: Call) -> pb.Job:
         return self._job(self._choice.volume(call), request.id).message
 
@@ -187,6 +243,43 @@ class VolumeService:
             raise CallFailed(
                 "NOT_FOUND", f"cannot find job {job_id}; it may be forgotten"
             ) from error
+
+
+def _replica_path(address: str) -> Path:
+    path = Path(address)
+    if not path.is_absolute():
+        raise CallFailed("INVALID_ARGUMENT", f"invalid replica {address!r}: give an absolute path")
+    return path
+
+
+def _would_make(path: Path) -> str:
+    """What of a replica directory is made when it is added. Blocking."""
+    if (path / "volume.meta").exists():
+        return MADE_NOTHING
+    return MADE_FILES if path.exists() else MADE_DIRECTORY
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        raise CallFailed("INVALID_ARGUMENT", str(error)) from error
+    except LhblockError as error:
+        raise CallFailed("FAILED_PRECONDITION", str(error)) from error
+
+
+def _rebuild(info: RebuildInfo) -> pb.Rebuild:
+    return pb.Rebuild(
+        phase=info.phase,
+        source=info.source,
+        done_bytes=info.done_bytes,
+        total_bytes=info.total_bytes,
+        rate_bytes_s=info.rate_bytes_s,
+        left_s=info.left_s or 0.0,
+        attempts=info.attempts,
+        error=info.error,
+    )
 
 
 def recorded_checksum(replica: Path, snapshot: str) -> str:

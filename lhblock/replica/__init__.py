@@ -38,12 +38,14 @@ from lhblock.replica._metadata import (
 from lhblock.replica._names import check_snapshot_name, next_head, snapshot_image, snapshot_of
 from lhblock.replica._peek import peek
 from lhblock.replica._pending import PendingHead
+from lhblock.replica._progress import PROGRESS_NAME, LayerStamp, RebuildProgress
 
 __all__ = [
     "BLOCK_BYTES",
     "EXPANSION_LABEL",
     "LAYERS_MAX",
     "OPENED",
+    "PROGRESS_NAME",
     "UNSERVED",
     "Candidate",
     "ChecksumRecord",
@@ -52,8 +54,10 @@ __all__ = [
     "Generation",
     "HeadFingerprint",
     "HistoryEntry",
+    "LayerStamp",
     "PendingHead",
     "Probe",
+    "RebuildProgress",
     "ReplicaDirectory",
     "Stale",
     "VolumeMeta",

@@ -93,6 +93,7 @@ def create_replica(
     size_bytes: int,
     generation: Generation | None,
     encrypted: bool,
+    rebuilding: bool,
     probe: Probe | None,
 ) -> None:
     """See ``ReplicaDirectory.create``."""
@@ -109,7 +110,9 @@ def create_replica(
             # Once more: another process may have made a replica before we had the lock.
             _require_room(path, dir_fd)
             try:
-                volume = VolumeMeta(size_bytes, names.FIRST_HEAD, encrypted=encrypted)
+                volume = VolumeMeta(
+                    size_bytes, names.FIRST_HEAD, encrypted=encrypted, rebuilding=rebuilding
+                )
                 _fill(path, dir_fd, volume, generation, probe)
             except BaseException:
                 for name in (*_MADE, *((LOCK_NAME,) if made_lock else ())):

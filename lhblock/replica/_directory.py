@@ -17,6 +17,7 @@ from lhblock.errors import (
 )
 from lhblock.replica import _names as names
 from lhblock.replica._atomic import (
+    create_file,
     keep_spare,
     read_small,
     stat_file,
@@ -45,6 +46,7 @@ from lhblock.replica._metadata import (
     why_bad_size,
 )
 from lhblock.replica._pending import PendingHead, Switch
+from lhblock.replica._progress import PROGRESS_NAME, RebuildProgress
 from lhblock.replica._survey import (
     View,
     decide_volume,
@@ -102,6 +104,7 @@ class ReplicaDirectory:
         size_bytes: int,
         generation: Generation | None = None,
         encrypted: bool = False,
+        rebuilding: bool = False,
         probe: Probe | None = None,
     ) -> None:
         """Make a replica of zeros, durable when it returns. The directory may exist if it is empty.
@@ -110,6 +113,8 @@ class ReplicaDirectory:
           size_bytes: a positive multiple of 4096.
           generation: written too, so that the directory belongs to its set from the first moment.
           encrypted: noted for Longhorn: the content will be a LUKS volume.
+          rebuilding: it lacks the volume's data from the first moment, and is never believed
+            before a rebuild ends.
           probe: tells whether extents can be listed there.
 
         Raises:
@@ -120,7 +125,12 @@ class ReplicaDirectory:
           ReplicaIO: a system call failed. Nothing is left behind in any of these cases.
         """
         create_replica(
-            path, size_bytes=size_bytes, generation=generation, encrypted=encrypted, probe=probe
+            path,
+            size_bytes=size_bytes,
+            generation=generation,
+            encrypted=encrypted,
+            rebuilding=rebuilding,
+            probe=probe,
         )
 
     @classmethod
@@ -586,6 +596,80 @@ class ReplicaDirectory:
         sync_directory(self.dir_fd)
         if stat_file(self.dir_fd, names.discard_name(lower)) is None:
             unlink_if_there(self.dir_fd, names.discard_name(upper))
+
+    # ---- Rebuilding: the tree becomes another replica's.
+
+    def add_disk(self, disk: Disk, *, size_bytes: int) -> None:
+        """Add an empty layer beside the live chain, durable when it returns.
+
+        Only while ``rebuilding``: an empty layer that should have data reads as older data.
+
+        Args:
+          disk: its parent is there, its name is free.
+
+        Raises:
+          ReplicaUnsupported: there are too many layers.
+          ReplicaIO: a system call failed; what is left of it is set aside or removed next time.
+        """
+        self._check_idle()
+        assert self.rebuilding
+        assert not disk.is_head
+        assert disk.name not in self._disks
+        assert disk.parent == "" or disk.parent in self._disks
+        if len(self._disks) >= LAYERS_MAX:
+            raise ReplicaUnsupported(self.path, f"has {LAYERS_MAX} images, the most there can be")
+        with _doing(self.path, f"add {disk.name}"):
+            clear_way(self.dir_fd, disk.name, self._disks)
+            # The record last: one without an image would be damage.
+            for name, length in ((names.discard_name(disk.name), 0), (disk.name, size_bytes)):
+                fd = create_file(self.dir_fd, name)
+                try:
+                    os.ftruncate(fd, length)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            sync_directory(self.dir_fd)
+        self._write_disk(disk)
+
+    def rewrite_disk(self, disk: Disk) -> None:
+        """Replace the record of a layer, durable when it returns. Only while ``rebuilding``.
+
+        Raises:
+          ReplicaIO: the old record is still there.
+        """
+        self._check_idle()
+        assert self.rebuilding
+        assert disk.name in self._disks
+        assert disk.parent == "" or disk.parent in self._disks
+        if self._disks[disk.name] == disk:
+            return
+        self._write_disk(disk)
+        if disk.name == self._volume.head and disk.parent != self._volume.parent:
+            with _doing(self.path, "write volume.meta"):
+                self._write_volume(replace(self._volume, parent=disk.parent))
+
+    def read_progress(self) -> RebuildProgress:
+        """How far the last rebuild came; nothing when there was none, or its note is damaged."""
+        with _doing(self.path, f"read {PROGRESS_NAME}"):
+            return RebuildProgress.parse(read_small(self.dir_fd, PROGRESS_NAME) or b"")
+
+    def write_progress(self, progress: RebuildProgress) -> None:
+        """Note how far a rebuild is, durable when it returns.
+
+        Raises:
+          ReplicaIO: the old note is still there.
+        """
+        with _doing(self.path, f"write {PROGRESS_NAME}"):
+            write_durable(self.dir_fd, PROGRESS_NAME, progress.encode(), mode=0o600, spare=False)
+
+    def forget_progress(self) -> None:
+        """Remove the note; it is over.
+
+        Raises:
+          ReplicaIO: it is still there, and says nothing about a replica that is complete.
+        """
+        with _doing(self.path, f"remove {PROGRESS_NAME}"):
+            unlink_if_there(self.dir_fd, PROGRESS_NAME)
 
     # ---- Volume state.
 

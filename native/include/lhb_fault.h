@@ -15,6 +15,9 @@
   X (STORE_DISCARD_WRITE, "store.discard_write")                              \
   X (STORE_FIEMAP, "store.fiemap")                                            \
   X (MERGE_COPY, "merge.copy")                                                \
+  X (UNIT_READ, "unit.read")                                                  \
+  X (UNIT_WRITE, "unit.write")                                                \
+  X (UNIT_SYNC, "unit.sync")                                                  \
   X (MAP_ALLOC, "map.alloc")                                                  \
   X (SOCKET_SEND, "socket.send")                                              \
   X (SOCKET_RECEIVE, "socket.receive")                                        \

@@ -153,6 +153,13 @@ int lhb_discard_set (struct lhb_store *store, struct lhb_layer *layer,
 int lhb_discard_next (struct lhb_store *store, struct lhb_layer *layer,
                       uint64_t block, uint64_t end, uint64_t *first_out,
                       uint64_t *blocks_out);
+/* The bits of whole bytes from 'block' on, a multiple of 8: read, or made to
+ * be these, of a layer that is adopted.  Write returns 1 if that changed any;
+ * it is not durable. */
+int lhb_discard_read (struct lhb_store *store, struct lhb_layer *layer,
+                      uint64_t block, uint8_t *bits, size_t length);
+int lhb_discard_write (struct lhb_store *store, struct lhb_layer *layer,
+                       uint64_t block, const uint8_t *bits, size_t length);
 /* 'target' gets exactly the bits of 'source'; returns 1 if that changed any.
  * Durable. */
 int lhb_discard_copy (struct lhb_store *source_store,

@@ -278,6 +278,42 @@ out:
 }
 
 int
+lhb_discard_read (struct lhb_store *store, struct lhb_layer *layer,
+                  uint64_t block, uint8_t *bits, size_t length)
+{
+  int err;
+
+  memset (bits, 0, length);
+  pthread_mutex_lock (&store->discard_lock);
+  err = lhb_discard_open (store, layer);
+  if (err == 0)
+    err = read_window (layer->discard_fd, block / 8, bits, length);
+  pthread_mutex_unlock (&store->discard_lock);
+  return err == -ENOENT ? 0 : err;
+}
+
+int
+lhb_discard_write (struct lhb_store *store, struct lhb_layer *layer,
+                   uint64_t block, const uint8_t *bits, size_t length)
+{
+  uint8_t have[WINDOW_BYTES];
+  bool changed = false;
+  int err;
+
+  if (length > sizeof have)
+    return -EINVAL;
+  pthread_mutex_lock (&store->discard_lock);
+  err = lhb_discard_open (store, layer);
+  if (err == 0)
+    err = read_window (layer->discard_fd, block / 8, have, length);
+  if (err == 0 && memcmp (have, bits, length) != 0)
+    err = write_window (store, layer->discard_fd, block / 8, bits, length,
+                        &changed);
+  pthread_mutex_unlock (&store->discard_lock);
+  return err ? err : changed;
+}
+
+int
 lhb_discard_copy (struct lhb_store *source_store, struct lhb_layer *source,
                   struct lhb_store *target_store, struct lhb_layer *target)
 {

@@ -269,6 +269,11 @@ map_newest (struct lhb_store *store, bool is_head)
 
   if (store->newest == 0)
     return 0;
+  /* Nobody knows yet what the layer will have: any block.  So every discard of
+   * the head is recorded, and zeros are written. */
+  if (store->flags & LHB_STORE_WRITE_ONLY && !is_head)
+    return lhb_map_add_layer (store->map, store->newest, 0,
+                              store->size_bytes >> LHB_BLOCK_SHIFT);
   err = map_layer (store, store->newest, is_head);
   store->layers[store->newest].in_map = err == 0;
   return err;

@@ -383,3 +383,47 @@ def test_shell_completion_knows_volumes_and_snapshots(tmp_path: Path) -> None:
     assert complete("vol") == ["plain,volume"]
     assert complete("volume", "info", "d") == ["plain,database"]
     assert complete("snapshot", "revert", "database", "b") == ["plain,before"]
+
+
+def test_replicas_are_added_removed_and_brought_back(tmp_path: Path) -> None:
+    data, second, third = tmp_path / "d", tmp_path / "r2", tmp_path / "r3"
+    cli(data, "volume", "create", "db", "--size", "8M")
+    assert cli_json(data, "replica", "add", "db", str(second))["serving"] is False
+    with serve(data, "db", "--rebuild-rate", "256") as process:
+        nbdsh(process.uri(), "h.pwrite(b'first' * 100, 4096)")
+        cli(data, "replica", "rebuild-status", "db", "--watch")
+        assert "replica of db now" in cli(data, "replica", "add", "db", str(third), "--wait").stdout
+        rows = cli_json(data, "replica", "ls", "db")["replicas"]
+        assert [row["mode"] for row in rows] == ["RW"] * 3
+        refused = cli(data, "replica", "add", "db", str(third), status=1)
+        assert "already" in refused.stderr
+        cli(data, "replica", "rm", "db", str(second))
+        nbdsh(process.uri(), "h.pwrite(b'later', 0)")
+        cli(data, "replica", "add", "db", str(second), "--wait")
+        assert cli_json(data, "volume", "info", "db")["state"] == "healthy"
+        assert process.stop()[0] == 0
+    for path in (second, third):
+        other = tmp_path / f"only-{path.name}"
+        cli(other, "volume", "create", "copy", "--replica", str(path))
+        with serve(other, "copy") as process:
+            text = nbdsh(process.uri("copy"), "print(h.pread(5, 0), h.pread(5, 4096))")
+            assert "later" in text
+            assert "first" in text
+
+
+def test_a_stopped_volume_takes_and_gives_replicas(tmp_path: Path) -> None:
+    data, second = tmp_path / "d", tmp_path / "r2"
+    cli(data, "volume", "create", "db", "--size", "8M")
+    cli(data, "replica", "add", "db", str(second), "--wait")
+    rows = cli_json(data, "replica", "ls", "db")["replicas"]
+    assert [row["mode"] for row in rows] == ["RW"] * 2
+    assert cli_json(data, "replica", "rebuild-status", "db")["rebuilds"] == []
+    cli(data, "replica", "rm", "db", str(second))
+    first = cli_json(data, "replica", "ls", "db")["replicas"]
+    assert len(first) == 1
+    last = cli(data, "replica", "rm", "db", first[0]["path"], status=1)
+    assert "last usable replica" in last.stderr
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("miau")
+    foreign = cli(data, "replica", "add", "db", str(tmp_path / "photos"), status=1)
+    assert "cat.jpg" in foreign.stderr

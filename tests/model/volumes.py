@@ -12,6 +12,7 @@ from lhblock.engine import (
     CacheMode,
     DriverChoice,
     EngineOptions,
+    RebuildOptions,
     SnapshotLimits,
     Volume,
     VolumeConfig,
@@ -61,6 +62,7 @@ class VolumeFiles:
         only: list[int] | None = None,
         read_only: bool = False,
         limits: SnapshotLimits | None = None,
+        rebuild: RebuildOptions | None = None,
     ) -> AsyncIterator[Volume]:
         """Open the volume in an engine of its own."""
         paths = self.paths if only is None else [self.paths[index] for index in only]
@@ -70,6 +72,7 @@ class VolumeFiles:
             cache=self.cache,
             read_only=read_only,
             limits=limits or SnapshotLimits(),
+            rebuild=rebuild or RebuildOptions(),
         )
         options = EngineOptions(queues=1, workers=4, driver=self.driver)
         async with open_engine(options) as engine, engine.open_volume(config) as volume:

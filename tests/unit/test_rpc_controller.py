@@ -39,7 +39,11 @@ class Services:
         tables = {
             CONTROLLER: ControllerService(self.choice, self.registry).handlers,
             VOLUME: VolumeService(
-                self.choice, driver=("pool", "forced by a setting"), clients=tuple
+                self.choice,
+                registry=self.registry,
+                serving=True,
+                driver=("pool", "forced by a setting"),
+                clients=tuple,
             ).handlers,
         }
         service = CONTROLLER if name in tables[CONTROLLER] else VOLUME

@@ -24,7 +24,7 @@ def test_generating_again_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("service", "count"),
-    [(CONTROLLER, 24), (HEALTH, 3), (REPLICA, 18), (VOLUME, 9)],
+    [(CONTROLLER, 24), (HEALTH, 3), (REPLICA, 18), (VOLUME, 12)],
 )
 def test_every_method_is_declared(service: str, count: int) -> None:
     assert len(methods(service)) == count

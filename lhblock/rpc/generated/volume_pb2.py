@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lhblock/rpc/generated/volume.proto\x12\nlhblock.v1\x1a\x1bgoogle/protobuf/empty.proto\"\xdd\x02\n\x06Status\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x11\n\tread_only\x18\x03 \x01(\x08\x12\r\n\x05\x63\x61\x63he\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0e\n\x06\x64river\x18\x07 \x01(\t\x12\x15\n\rdriver_reason\x18\x08 \x01(\t\x12\x0c\n\x04uris\x18\t \x03(\t\x12%\n\x08replicas\x18\n \x03(\x0b\x32\x13.lhblock.v1.Replica\x12*\n\nstatistics\x18\x0b \x01(\x0b\x32\x16.lhblock.v1.Statistics\x12\x1d\n\x04jobs\x18\x0c \x03(\x0b\x32\x0f.lhblock.v1.Job\x12\x16\n\x0emerges_pending\x18\r \x01(\r\x12\x0f\n\x07version\x18\x0e \x01(\t\x12#\n\x07\x63lients\x18\x0f \x03(\x0b\x32\x12.lhblock.v1.Client\"5\n\x06\x43lient\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06\x65xport\x18\x02 \x01(\t\x12\r\n\x05since\x18\x03 \x01(\t\"K\n\x07Replica\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"\xc3\x02\n\nStatistics\x12\r\n\x05reads\x18\x01 \x01(\x04\x12\x0e\n\x06writes\x18\x02 \x01(\x04\x12\x0f\n\x07\x66lushes\x18\x03 \x01(\x04\x12\r\n\x05trims\x18\x04 \x01(\x04\x12\x0e\n\x06zeroes\x18\x05 \x01(\x04\x12\x12\n\nread_bytes\x18\x06 \x01(\x04\x12\x13\n\x0bwrite_bytes\x18\x07 \x01(\x04\x12\x12\n\ntrim_bytes\x18\x08 \x01(\x04\x12\x12\n\nzero_bytes\x18\t \x01(\x04\x12\x0f\n\x07read_ns\x18\n \x01(\x04\x12\x10\n\x08write_ns\x18\x0b \x01(\x04\x12\x10\n\x08\x66lush_ns\x18\x0c \x01(\x04\x12\x0e\n\x06\x65rrors\x18\r \x01(\x04\x12\x11\n\tin_flight\x18\x0e \x01(\x04\x12\x13\n\x0b\x63onnections\x18\x0f \x01(\x04\x12\x11\n\tmap_bytes\x18\x10 \x01(\x04\x12\x15\n\rfreeze_ns_max\x18\x11 \x01(\x04\"\x80\x02\n\x08Snapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x10\n\x08\x63hildren\x18\x03 \x03(\t\x12\x0f\n\x07\x63reated\x18\x04 \x01(\t\x12\x0f\n\x07removed\x18\x05 \x01(\x08\x12\x14\n\x0cuser_created\x18\x06 \x01(\x08\x12\x30\n\x06labels\x18\x07 \x03(\x0b\x32 .lhblock.v1.Snapshot.LabelsEntry\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12\x17\n\x0f\x61llocated_bytes\x18\t \x01(\x04\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"j\n\x11SnapshotListReply\x12\'\n\tsnapshots\x18\x01 \x03(\x0b\x32\x14.lhblock.v1.Snapshot\x12\x16\n\x0emerges_pending\x18\x02 \x01(\r\x12\x14\n\x0cvolume_bytes\x18\x03 \x01(\x04\"%\n\x15SnapshotRemoveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x15SnapshotRevertRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x13SnapshotHashRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06rehash\x18\x02 \x01(\x08\"\x1b\n\rJobGetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x85\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x12\n\ndone_bytes\x18\x06 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x07 \x01(\x04\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\'\n\tchecksums\x18\t \x03(\x0b\x32\x14.lhblock.v1.Checksum\x12(\n\nmismatches\x18\n \x03(\x0b\x32\x14.lhblock.v1.Mismatch\x12\x10\n\x08verified\x18\x0b \x01(\x04\x12\x16\n\x0ewithout_record\x18\x0c \x01(\x04\"L\n\x08\x43hecksum\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\t\"e\n\x08Mismatch\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\t\x12\r\n\x05\x66ound\x18\x04 \x01(\t\x12\x15\n\rrepaired_from\x18\x05 \x01(\t2\xc2\x04\n\rVolumeService\x12\x37\n\tStatusGet\x12\x16.google.protobuf.Empty\x1a\x12.lhblock.v1.Status\x12\x45\n\x0cSnapshotList\x12\x16.google.protobuf.Empty\x1a\x1d.lhblock.v1.SnapshotListReply\x12K\n\x0eSnapshotRemove\x12!.lhblock.v1.SnapshotRemoveRequest\x1a\x16.google.protobuf.Empty\x12K\n\x0eSnapshotRevert\x12!.lhblock.v1.SnapshotRevertRequest\x1a\x16.google.protobuf.Empty\x12@\n\x0cSnapshotHash\x12\x1f.lhblock.v1.SnapshotHashRequest\x1a\x0f.lhblock.v1.Job\x12\x34\n\tMergeWait\x12\x16.google.protobuf.Empty\x1a\x0f.lhblock.v1.Job\x12\x30\n\x05Scrub\x12\x16.google.protobuf.Empty\x1a\x0f.lhblock.v1.Job\x12\x34\n\x06JobGet\x12\x19.lhblock.v1.JobGetRequest\x1a\x0f.lhblock.v1.Job\x12\x37\n\tJobCancel\x12\x19.lhblock.v1.JobGetRequest\x1a\x0f.lhblock.v1.Jobb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lhblock/rpc/generated/volume.proto\x12\nlhblock.v1\x1a\x1bgoogle/protobuf/empty.proto\"\xdd\x02\n\x06Status\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x11\n\tread_only\x18\x03 \x01(\x08\x12\r\n\x05\x63\x61\x63he\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0e\n\x06\x64river\x18\x07 \x01(\t\x12\x15\n\rdriver_reason\x18\x08 \x01(\t\x12\x0c\n\x04uris\x18\t \x03(\t\x12%\n\x08replicas\x18\n \x03(\x0b\x32\x13.lhblock.v1.Replica\x12*\n\nstatistics\x18\x0b \x01(\x0b\x32\x16.lhblock.v1.Statistics\x12\x1d\n\x04jobs\x18\x0c \x03(\x0b\x32\x0f.lhblock.v1.Job\x12\x16\n\x0emerges_pending\x18\r \x01(\r\x12\x0f\n\x07version\x18\x0e \x01(\t\x12#\n\x07\x63lients\x18\x0f \x03(\x0b\x32\x12.lhblock.v1.Client\"5\n\x06\x43lient\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06\x65xport\x18\x02 \x01(\t\x12\r\n\x05since\x18\x03 \x01(\t\"q\n\x07Replica\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12$\n\x07rebuild\x18\x05 \x01(\x0b\x32\x13.lhblock.v1.Rebuild\"\x98\x01\n\x07Rebuild\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x12\n\ndone_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x14\n\x0crate_bytes_s\x18\x05 \x01(\x04\x12\x0e\n\x06left_s\x18\x06 \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\r\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"D\n\x11ReplicaAddRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x0f\n\x07rebuild\x18\x03 \x01(\x08\"\'\n\x14ReplicaRemoveRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"%\n\x12ReplicaWaitRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\xc3\x02\n\nStatistics\x12\r\n\x05reads\x18\x01 \x01(\x04\x12\x0e\n\x06writes\x18\x02 \x01(\x04\x12\x0f\n\x07\x66lushes\x18\x03 \x01(\x04\x12\r\n\x05trims\x18\x04 \x01(\x04\x12\x0e\n\x06zeroes\x18\x05 \x01(\x04\x12\x12\n\nread_bytes\x18\x06 \x01(\x04\x12\x13\n\x0bwrite_bytes\x18\x07 \x01(\x04\x12\x12\n\ntrim_bytes\x18\x08 \x01(\x04\x12\x12\n\nzero_bytes\x18\t \x01(\x04\x12\x0f\n\x07read_ns\x18\n \x01(\x04\x12\x10\n\x08write_ns\x18\x0b \x01(\x04\x12\x10\n\x08\x66lush_ns\x18\x0c \x01(\x04\x12\x0e\n\x06\x65rrors\x18\r \x01(\x04\x12\x11\n\tin_flight\x18\x0e \x01(\x04\x12\x13\n\x0b\x63onnections\x18\x0f \x01(\x04\x12\x11\n\tmap_bytes\x18\x10 \x01(\x04\x12\x15\n\rfreeze_ns_max\x18\x11 \x01(\x04\"\x80\x02\n\x08Snapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x10\n\x08\x63hildren\x18\x03 \x03(\t\x12\x0f\n\x07\x63reated\x18\x04 \x01(\t\x12\x0f\n\x07removed\x18\x05 \x01(\x08\x12\x14\n\x0cuser_created\x18\x06 \x01(\x08\x12\x30\n\x06labels\x18\x07 \x03(\x0b\x32 .lhblock.v1.Snapshot.LabelsEntry\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12\x17\n\x0f\x61llocated_bytes\x18\t \x01(\x04\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"j\n\x11SnapshotListReply\x12\'\n\tsnapshots\x18\x01 \x03(\x0b\x32\x14.lhblock.v1.Snapshot\x12\x16\n\x0emerges_pending\x18\x02 \x01(\r\x12\x14\n\x0cvolume_bytes\x18\x03 \x01(\x04\"%\n\x15SnapshotRemoveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x15SnapshotRevertRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x13SnapshotHashRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06rehash\x18\x02 \x01(\x08\"\x1b\n\rJobGetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x85\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0f\n\x07replica\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x12\n\ndone_bytes\x18\x06 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x07 \x01(\x04\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\'\n\tchecksums\x18\t \x03(\x0b\x32\x14.lhblock.v1.Checksum\x12(\n\nmismatches\x18\n \x03(\x0b\x32\x14.lhblock.v1.Mismatch\x12\x10\n\x08verified\x18\x0b \x01(\x04\x12\x16\n\x0ewithout_record\x18\x0c \x01(\x04\"L\n\x08\x43hecksum\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\t\"e\n\x08Mismatch\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\t\x12\r\n\x05\x66ound\x18\x04 \x01(\t\x12\x15\n\rrepaired_from\x18\x05 \x01(\t2\x92\x06\n\rVolumeService\x12\x37\n\tStatusGet\x12\x16.google.protobuf.Empty\x1a\x12.lhblock.v1.Status\x12\x45\n\x0cSnapshotList\x12\x16.google.protobuf.Empty\x1a\x1d.lhblock.v1.SnapshotListReply\x12K\n\x0eSnapshotRemove\x12!.lhblock.v1.SnapshotRemoveRequest\x1a\x16.google.protobuf.Empty\x12K\n\x0eSnapshotRevert\x12!.lhblock.v1.SnapshotRevertRequest\x1a\x16.google.protobuf.Empty\x12@\n\x0cSnapshotHash\x12\x1f.lhblock.v1.SnapshotHashRequest\x1a\x0f.lhblock.v1.Job\x12\x34\n\tMergeWait\x12\x16.google.protobuf.Empty\x1a\x0f.lhblock.v1.Job\x12\x30\n\x05Scrub\x12\x16.google.protobuf.Empty\x1a\x0f.lhblock.v1.Job\x12\x43\n\nReplicaAdd\x12\x1d.lhblock.v1.ReplicaAddRequest\x1a\x16.google.protobuf.Empty\x12I\n\rReplicaRemove\x12 .lhblock.v1.ReplicaRemoveRequest\x1a\x16.google.protobuf.Empty\x12>\n\x0bReplicaWait\x12\x1e.lhblock.v1.ReplicaWaitRequest\x1a\x0f.lhblock.v1.Job\x12\x34\n\x06JobGet\x12\x19.lhblock.v1.JobGetRequest\x1a\x0f.lhblock.v1.Job\x12\x37\n\tJobCancel\x12\x19.lhblock.v1.JobGetRequest\x1a\x0f.lhblock.v1.Jobb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,29 +39,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLIENT']._serialized_start=431
   _globals['_CLIENT']._serialized_end=484
   _globals['_REPLICA']._serialized_start=486
-  _globals['_REPLICA']._serialized_end=561
-  _globals['_STATISTICS']._serialized_start=564
-  _globals['_STATISTICS']._serialized_end=887
-  _globals['_SNAPSHOT']._serialized_start=890
-  _globals['_SNAPSHOT']._serialized_end=1146
-  _globals['_SNAPSHOT_LABELSENTRY']._serialized_start=1101
-  _globals['_SNAPSHOT_LABELSENTRY']._serialized_end=1146
-  _globals['_SNAPSHOTLISTREPLY']._serialized_start=1148
-  _globals['_SNAPSHOTLISTREPLY']._serialized_end=1254
-  _globals['_SNAPSHOTREMOVEREQUEST']._serialized_start=1256
-  _globals['_SNAPSHOTREMOVEREQUEST']._serialized_end=1293
-  _globals['_SNAPSHOTREVERTREQUEST']._serialized_start=1295
-  _globals['_SNAPSHOTREVERTREQUEST']._serialized_end=1332
-  _globals['_SNAPSHOTHASHREQUEST']._serialized_start=1334
-  _globals['_SNAPSHOTHASHREQUEST']._serialized_end=1385
-  _globals['_JOBGETREQUEST']._serialized_start=1387
-  _globals['_JOBGETREQUEST']._serialized_end=1414
-  _globals['_JOB']._serialized_start=1417
-  _globals['_JOB']._serialized_end=1678
-  _globals['_CHECKSUM']._serialized_start=1680
-  _globals['_CHECKSUM']._serialized_end=1756
-  _globals['_MISMATCH']._serialized_start=1758
-  _globals['_MISMATCH']._serialized_end=1859
-  _globals['_VOLUMESERVICE']._serialized_start=1862
-  _globals['_VOLUMESERVICE']._serialized_end=2440
+  _globals['_REPLICA']._serialized_end=599
+  _globals['_REBUILD']._serialized_start=602
+  _globals['_REBUILD']._serialized_end=754
+  _globals['_REPLICAADDREQUEST']._serialized_start=756
+  _globals['_REPLICAADDREQUEST']._serialized_end=824
+  _globals['_REPLICAREMOVEREQUEST']._serialized_start=826
+  _globals['_REPLICAREMOVEREQUEST']._serialized_end=865
+  _globals['_REPLICAWAITREQUEST']._serialized_start=867
+  _globals['_REPLICAWAITREQUEST']._serialized_end=904
+  _globals['_STATISTICS']._serialized_start=907
+  _globals['_STATISTICS']._serialized_end=1230
+  _globals['_SNAPSHOT']._serialized_start=1233
+  _globals['_SNAPSHOT']._serialized_end=1489
+  _globals['_SNAPSHOT_LABELSENTRY']._serialized_start=1444
+  _globals['_SNAPSHOT_LABELSENTRY']._serialized_end=1489
+  _globals['_SNAPSHOTLISTREPLY']._serialized_start=1491
+  _globals['_SNAPSHOTLISTREPLY']._serialized_end=1597
+  _globals['_SNAPSHOTREMOVEREQUEST']._serialized_start=1599
+  _globals['_SNAPSHOTREMOVEREQUEST']._serialized_end=1636
+  _globals['_SNAPSHOTREVERTREQUEST']._serialized_start=1638
+  _globals['_SNAPSHOTREVERTREQUEST']._serialized_end=1675
+  _globals['_SNAPSHOTHASHREQUEST']._serialized_start=1677
+  _globals['_SNAPSHOTHASHREQUEST']._serialized_end=1728
+  _globals['_JOBGETREQUEST']._serialized_start=1730
+  _globals['_JOBGETREQUEST']._serialized_end=1757
+  _globals['_JOB']._serialized_start=1760
+  _globals['_JOB']._serialized_end=2021
+  _globals['_CHECKSUM']._serialized_start=2023
+  _globals['_CHECKSUM']._serialized_end=2099
+  _globals['_MISMATCH']._serialized_start=2101
+  _globals['_MISMATCH']._serialized_end=2202
+  _globals['_VOLUMESERVICE']._serialized_start=2205
+  _globals['_VOLUMESERVICE']._serialized_end=2991
 # @@protoc_insertion_point(module_scope)

@@ -52,16 +52,60 @@ class Client(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., export: _Optional[str] = ..., since: _Optional[str] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("address", "mode", "error", "generation")
+    __slots__ = ("address", "mode", "error", "generation", "rebuild")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    REBUILD_FIELD_NUMBER: _ClassVar[int]
     address: str
     mode: str
     error: str
     generation: int
-    def __init__(self, address: _Optional[str] = ..., mode: _Optional[str] = ..., error: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+    rebuild: Rebuild
+    def __init__(self, address: _Optional[str] = ..., mode: _Optional[str] = ..., error: _Optional[str] = ..., generation: _Optional[int] = ..., rebuild: _Optional[_Union[Rebuild, _Mapping]] = ...) -> None: ...
+
+class Rebuild(_message.Message):
+    __slots__ = ("phase", "source", "done_bytes", "total_bytes", "rate_bytes_s", "left_s", "attempts", "error")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RATE_BYTES_S_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    source: str
+    done_bytes: int
+    total_bytes: int
+    rate_bytes_s: int
+    left_s: float
+    attempts: int
+    error: str
+    def __init__(self, phase: _Optional[str] = ..., source: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., rate_bytes_s: _Optional[int] = ..., left_s: _Optional[float] = ..., attempts: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class ReplicaAddRequest(_message.Message):
+    __slots__ = ("address", "force", "rebuild")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    REBUILD_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    force: bool
+    rebuild: bool
+    def __init__(self, address: _Optional[str] = ..., force: _Optional[bool] = ..., rebuild: _Optional[bool] = ...) -> None: ...
+
+class ReplicaRemoveRequest(_message.Message):
+    __slots__ = ("address",)
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    def __init__(self, address: _Optional[str] = ...) -> None: ...
+
+class ReplicaWaitRequest(_message.Message):
+    __slots__ = ("address",)
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    def __init__(self, address: _Optional[str] = ...) -> None: ...
 
 class Statistics(_message.Message):
     __slots__ = ("reads", "writes", "flushes", "trims", "zeroes", "read_bytes", "write_bytes", "trim_bytes", "zero_bytes", "read_ns", "write_ns", "flush_ns", "errors", "in_flight", "connections", "map_bytes", "freeze_ns_max")

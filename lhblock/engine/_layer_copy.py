@@ -1,0 +1,207 @@
+"""Making one frozen layer of the target equal to the source's: compare, copy, sync, verify.
+
+The work is a list of units, those in which either of the two has anything; several streams take
+batches of it. What is copied is hashed while it is in memory, and read back from the target after
+it was synced. The layer stays what it is meanwhile: merges leave both replicas alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from lhblock._native import UNIT_BYTES, NativeUnit
+from lhblock.engine._member import Member
+from lhblock.engine._threads import run_copy
+from lhblock.engine._throttle import Throttle
+from lhblock.errors import LhblockError, ReplicaDamaged
+
+BATCH_UNITS: Final = 4
+"""Units that a stream copies before it looks up: a hop between threads for each costs 2 %."""
+NOTE_UNITS: Final = 256
+"""Units between two notes of how far it is, each of which waits for the disk."""
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """What there is to do for one layer.
+
+    Attributes:
+      offsets_bytes: units in which source or target have anything, in order.
+      empty: those of them in which the target has nothing.
+      size_bytes: of the source's image.
+      same_data: both have the same recorded checksum, so only shapes are compared.
+    """
+
+    offsets_bytes: Sequence[int]
+    empty: frozenset[int]
+    size_bytes: int
+    same_data: bool
+
+
+def plan_copy(source: Member, target: Member, image: str) -> CopyPlan:
+    """Look at both files. Blocking."""
+    theirs, ours = source.occupied_units(image), target.occupied_units(image)
+    size_bytes = source.image_bytes(image)
+    wanted = sorted(offset for offset in {*theirs, *ours} if offset < size_bytes)
+    checksum = source.checksum(image)
+    return CopyPlan(
+        offsets_bytes=wanted,
+        empty=frozenset(wanted).difference(ours),
+        size_bytes=size_bytes,
+        same_data=bool(checksum)
+        and checksum == target.checksum(image)
+        and target.image_bytes(image) == size_bytes,
+    )
+
+
+class LayerCopy:
+    """One layer on its way.
+
+    Args:
+      source: has it.
+      target: gets it; the layer is open on both.
+      image: the layer.
+      plan: of :func:`plan_copy`.
+      from_bytes: what lies before this was copied by an attempt before; it is verified only.
+    """
+
+    def __init__(
+        self, source: Member, target: Member, image: str, plan: CopyPlan, *, from_bytes: int = 0
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._image = image
+        self._plan = plan
+        self._hashes: dict[int, int] = {}
+        self._todo = [offset for offset in plan.offsets_bytes if offset >= from_bytes]
+        self._next = 0
+        self._under_way: set[int] = set()
+        self._failure: LhblockError | OSError | None = None
+        self.copied_bytes = 0
+
+    @property
+    def done_before_bytes(self) -> int:
+        """Everything before this offset is copied."""
+        if self._under_way:
+            return min(self._under_way)
+        return self._todo[self._next] if self._next < len(self._todo) else self._plan.size_bytes
+
+    async def copy(
+        self,
+        *,
+        streams: int,
+        throttle: Throttle,
+        check: Callable[[], None],
+        advanced: Callable[[int], None],
+        note: Callable[[int], None],
+    ) -> None:
+        """Copy what differs; synced when this returns.
+
+        Args:
+          streams: batches under way at a time.
+          check: raises when it makes no sense any more to go on.
+          advanced: told of units that are done.
+          note: blocking; writes down that everything before an offset is copied and synced.
+
+        Cancelled between batches.
+        """
+        await run_copy(self._target.begin_units, self._image, self._plan.size_bytes)
+        advanced(len(self._plan.offsets_bytes) - len(self._todo))
+        async with trio.open_nursery() as nursery:
+            for _ in range(streams):
+                nursery.start_soon(self._stream, throttle, check, advanced, note)
+        if self._failure is not None:
+            raise self._failure
+        await run_copy(self._target.sync_units, self._image)
+
+    async def _stream(
+        self,
+        throttle: Throttle,
+        check: Callable[[], None],
+        advanced: Callable[[int], None],
+        note: Callable[[int], None],
+    ) -> None:
+        try:
+            await self._copy_batches(throttle, check, advanced, note)
+        except (LhblockError, OSError) as error:
+            # The other streams end with it, and the error is raised as it is, in no group.
+            self._failure = self._failure or error
+
+    async def _copy_batches(
+        self,
+        throttle: Throttle,
+        check: Callable[[], None],
+        advanced: Callable[[int], None],
+        note: Callable[[int], None],
+    ) -> None:
+        with NativeUnit() as unit:
+            while self._next < len(self._todo) and self._failure is None:
+                await throttle.admit(BATCH_UNITS * UNIT_BYTES)
+                check()
+                begin, self._next = self._next, min(self._next + BATCH_UNITS, len(self._todo))
+                batch = self._todo[begin : self._next]
+                if not batch:
+                    return
+                self._under_way.add(batch[0])
+                try:
+                    await run_copy(self._copy_batch, unit, batch)
+                finally:
+                    self._under_way.discard(batch[0])
+                advanced(len(batch))
+                if begin // NOTE_UNITS != self._next // NOTE_UNITS:
+                    await run_copy(self._note, self.done_before_bytes, note)
+
+    def _copy_batch(self, unit: NativeUnit, batch: Sequence[int]) -> None:
+        for offset in batch:
+            if self._plan.same_data and self._same_shape(unit, offset):
+                continue
+            self._source.read_unit(self._image, offset, unit)
+            self._hashes[offset] = unit.hash()
+            self.copied_bytes += self._target.write_unit(
+                self._image, offset, unit, empty=offset in self._plan.empty
+            )
+
+    def _same_shape(self, unit: NativeUnit, offset: int) -> bool:
+        shapes: list[int] = []
+        for member in (self._source, self._target):
+            member.read_unit(self._image, offset, unit)
+            shapes.append(unit.hash(shape_only=True))
+        return shapes[0] == shapes[1]
+
+    def _note(self, before_bytes: int, note: Callable[[int], None]) -> None:
+        self._target.sync_units(self._image)
+        note(before_bytes)
+
+    async def verify(self, *, check: Callable[[], None], advanced: Callable[[int], None]) -> None:
+        """Read the target back and compare hashes.
+
+        Raises:
+          ReplicaDamaged: a unit is not what was copied.
+
+        Cancelled between batches.
+        """
+        with NativeUnit() as unit:
+            for begin in range(0, len(self._plan.offsets_bytes), BATCH_UNITS):
+                check()
+                batch = self._plan.offsets_bytes[begin : begin + BATCH_UNITS]
+                await run_copy(self._verify_batch, unit, batch)
+                advanced(len(batch))
+
+    def _verify_batch(self, unit: NativeUnit, batch: Sequence[int]) -> None:
+        for offset in batch:
+            wanted = self._hashes.get(offset)
+            if wanted is None:
+                self._source.read_unit(self._image, offset, unit)
+                wanted = unit.hash()
+            self._target.read_unit(self._image, offset, unit)
+            found = unit.hash()
+            if found != wanted:
+                raise ReplicaDamaged(
+                    self._target.path,
+                    f"{self._image} at {offset} has hash {found:016x} after it was copied, not "
+                    f"{wanted:016x}; check the disk",
+                )
