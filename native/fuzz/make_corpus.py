@@ -114,9 +114,38 @@ def layer_seeds() -> dict[str, bytes]:
     }
 
 
+def reply(
+    sequence: int, kind: int, size: int, payload: bytes = b"", *, magic: int = 0x1B01
+) -> bytes:
+    """One frame of a replica."""
+    return struct.pack("<HIIqII", magic, sequence, kind, 0, size, len(payload)) + payload
+
+
+def peer_seeds() -> dict[str, bytes]:
+    """Name to input of fuzz_peer, which says what these answer."""
+    small, large = reply(0, 2, 4096, b"s" * 4096), reply(0x101, 2, 70000, b"l" * 70000)
+    write, flush = reply(0x202, 2, 4096), reply(0x303, 2, 0)
+    full = reply(0x202, 3, 0, b"no space left on device")
+    return {
+        "all-in-order": small + large + write + flush,
+        "all-backwards": flush + write + large + small,
+        "errors": full + reply(0, 3, 18, b"input/output error") + reply(0x101, 4, 9, b"e" * 9),
+        "twice": small + small,
+        "cut-in-payload": large[:40000],
+        "cut-in-header": small + write[:13],
+        "unknown-sequence": reply(0x7F, 2, 0),
+        "short-read": reply(0, 2, 4095, b"s" * 4095),
+        "write-with-payload": reply(0x202, 2, 4096, b"x"),
+        "long-text": reply(0, 3, 5000, b"t" * 5000),
+        "bad-magic": reply(0, 2, 4096, magic=0x1B02),
+        "goodbye": write + reply(0, 5, 0, magic=0),
+    }
+
+
 def main() -> None:
     """Replace the checked-in seeds."""
-    for target, seeds in (("nbd", nbd_seeds()), ("layers", layer_seeds())):
+    targets = {"nbd": nbd_seeds(), "layers": layer_seeds(), "peer": peer_seeds()}
+    for target, seeds in targets.items():
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in seeds.items():

@@ -332,25 +332,26 @@ lhb_peer_replied (struct lhb_peer_call *call, int error, uint32_t size_bytes)
     call->replied = true;       /* its buffer is still being read */
 }
 
-void
-lhb_peer_drop_calls (struct lhb_peer_queue *owner, int error)
+static void
+drop_ring (struct lhb_peer_call *ring, _Atomic uint64_t *counter, int error)
 {
   struct lhb_peer_call *call;
 
-  while ((call = owner->in_flight.next) != &owner->in_flight)
+  while ((call = ring->next) != ring)
     {
       ring_remove (call);
+      lhb_peer_count (counter, (uint64_t) -1);
       call->unsure = true;
       call->error = error;
       call->done (call);
     }
-  while ((call = owner->waiting.next) != &owner->waiting)
-    {
-      ring_remove (call);
-      call->unsure = true;
-      call->error = error;
-      call->done (call);
-    }
+}
+
+void
+lhb_peer_drop_calls (struct lhb_peer_queue *owner, int error)
+{
+  drop_ring (&owner->in_flight, &owner->counters.in_flight, error);
+  drop_ring (&owner->waiting, &owner->counters.waiting, error);
 }
 
 void
