@@ -828,6 +828,26 @@ wrong_peers_are_refused (void)
 }
 
 static void
+resized_peer_is_reached_up_to_its_new_end (void)
+{
+  struct rig_call call;
+  struct fake fake;
+
+  fake_open (&fake, 1, LHB_PEER_OURS, PATIENT_MS);
+  CHECK_EQUAL (rig_io (&fake.rig, LHB_OP_READ, 0, SIZE, 1, 0), -EINVAL);
+  CHECK_EQUAL (lhb_volume_freeze (fake.rig.volume), 0);
+  CHECK_EQUAL (lhb_peer_resize (fake.peers[0], 2 * SIZE), 0);
+  CHECK_EQUAL (lhb_volume_resize (fake.rig.volume, 2 * SIZE), 0);
+  CHECK_EQUAL (lhb_volume_publish (fake.rig.volume, fake.peers, NULL, 1), 0);
+  lhb_volume_thaw (fake.rig.volume);
+  rig_start (&fake.rig, &call, LHB_OP_READ, 0, 2 * SIZE - 1, 1, 0);
+  reply (&fake, 0,
+         expect_frame (&fake, 0, LHB_FRAME_READ, 2 * SIZE - 1, 1, -1), 'r');
+  CHECK_EQUAL (rig_finish (&call), 0);
+  fake_close (&fake);
+}
+
+static void
 failed_calls_end_the_peer_or_are_reported (void)
 {
   static const struct {
@@ -891,6 +911,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (edges_come_from_a_peer_that_can_be_read),
   LHB_TEST (full_peers_that_did_the_same_all_stay),
   LHB_TEST (wrong_peers_are_refused),
+  LHB_TEST (resized_peer_is_reached_up_to_its_new_end),
   LHB_TEST (failed_calls_end_the_peer_or_are_reported),
 };
 
