@@ -12,6 +12,7 @@ PACKAGES := \
 	python3-venv python3-dev gcc libc6-dev make pkg-config \
 	liburing-dev \
 	nbd-client \
+	fuse3 libfuse3-dev \
 	nbdkit libnbd-bin python3-libnbd qemu-utils fio e2fsprogs xfsprogs zstd \
 	qemu-system-x86 busybox-static cpio \
 	systemd \

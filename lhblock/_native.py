@@ -12,7 +12,6 @@ may wait for I/O: call them from a worker thread, never from the trio thread.
 
 from __future__ import annotations
 
-import errno
 import functools
 import importlib
 from abc import ABC, abstractmethod
@@ -32,7 +31,6 @@ BLOCK_BYTES = 4096
 LAYERS_MAX = 250
 STORES_MAX = 8
 MERGE_STEP_BYTES = 64 << 20
-DIRTY_GRANULE_BYTES = 64 << 10
 
 STORE_DIRECT = 1
 STORE_READ_ONLY = 2
@@ -42,6 +40,8 @@ UNIT_BYTES = 1 << 20
 VOLUME_READ_ONLY = 1
 IO_FUA = 1
 IO_NO_HOLE = 2
+CALL_IN_PLACE = 256
+CALL_BYTES_MAX = 4 << 20
 NBD_STRUCTURED = 1
 NBD_BASE_ALLOCATION = 2
 NBD_READ_ONLY = 4
@@ -136,7 +136,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Extent:
-    """A range of a file or of a volume, in bytes, block aligned."""
+    """A data range of a file, in bytes, block aligned."""
 
     offset_bytes: int
     length_bytes: int
@@ -205,7 +205,6 @@ def _module() -> Any:
         "LHB_LAYERS_MAX": LAYERS_MAX,
         "LHB_STORES_MAX": STORES_MAX,
         "LHB_MERGE_STEP_BYTES": MERGE_STEP_BYTES,
-        "LHB_DIRTY_GRANULE_BYTES": DIRTY_GRANULE_BYTES,
         "LHB_STORE_DIRECT": STORE_DIRECT,
         "LHB_STORE_READ_ONLY": STORE_READ_ONLY,
         "LHB_PEER_OURS": PEER_OURS,
@@ -214,6 +213,8 @@ def _module() -> Any:
         "LHB_VOLUME_READ_ONLY": VOLUME_READ_ONLY,
         "LHB_IO_FUA": IO_FUA,
         "LHB_IO_NO_HOLE": IO_NO_HOLE,
+        "LHB_CALL_IN_PLACE": CALL_IN_PLACE,
+        "LHB_CALL_BYTES_MAX": CALL_BYTES_MAX,
         "LHB_NBD_STRUCTURED": NBD_STRUCTURED,
         "LHB_NBD_BASE_ALLOCATION": NBD_BASE_ALLOCATION,
         "LHB_NBD_READ_ONLY": NBD_READ_ONLY,
@@ -732,54 +733,6 @@ class NativeVolume(_Handle):
         )
         return [(pairs[2 * i], pairs[2 * i + 1]) for i in range(count)]
 
-    def track(self, store_id: int = 0) -> int:
-        """Record changes for a replica that is away; return the tracker's id, which is the store's.
-
-        A store that the core drops is tracked by itself; this is for one that Python takes out of
-        the set. With 0 a clean tracker begins, for a replica that was away before.
-        """
-        out = self._ffi.new("uint64_t *")
-        _check("track changes", self._lib.lhb_volume_track(self.raw, store_id, out))
-        return int(out[0])
-
-    def untrack(self, tracker_id: int) -> None:
-        """The replica is back. ``NativeError`` (ENOENT) if it was not tracked."""
-        _check("end tracking", self._lib.lhb_volume_untrack(self.raw, tracker_id))
-
-    def dirty_extents(self, tracker_id: int, offset_bytes: int = 0) -> list[Extent] | None:
-        """What changed at and after ``offset_bytes`` since the replica left, in order.
-
-        Returns:
-          Granules of ``DIRTY_GRANULE_BYTES``, adjacent ones joined; None when the replica is not
-          tracked, and everything counts as changed.
-        """
-        batch = self._ffi.new("struct lhb_extent[]", EXTENTS_MAX)
-        extents: list[Extent] = []
-        while True:
-            count = self._lib.lhb_dirty_extents(
-                self.raw, tracker_id, offset_bytes, batch, EXTENTS_MAX
-            )
-            if count == -errno.ENOENT:
-                return None
-            _check("read a dirty map", count)
-            extents += [Extent(batch[i].offset_bytes, batch[i].length_bytes) for i in range(count)]
-            if count < EXTENTS_MAX:
-                return extents
-            offset_bytes = extents[-1].offset_bytes + extents[-1].length_bytes
-
-    def mark_dirty(self, tracker_id: int, offset_bytes: int, length_bytes: int) -> None:
-        """Count every granule that a range touches as changed."""
-        result = self._lib.lhb_dirty_mark(self.raw, tracker_id, offset_bytes, length_bytes)
-        _check("mark changes", result)
-
-    def clear_dirty(self, tracker_id: int, offset_bytes: int, length_bytes: int) -> None:
-        """Count the granules inside a range as equal, until they change again.
-
-        Clear a range first and compare it then: a change that ends in between is kept.
-        """
-        result = self._lib.lhb_dirty_clear(self.raw, tracker_id, offset_bytes, length_bytes)
-        _check("clear changes", result)
-
     def statistics(self) -> NativeStatistics:
         """Totals since the volume was opened."""
         raw = self._ffi.new("struct lhb_statistics *")
@@ -807,6 +760,72 @@ class NativeVolume(_Handle):
         result = self._lib.lhb_replica_attach(self.raw, socket_fd, out)
         _check("attach a data connection", result)
         return int(out[0])
+
+
+class NativeCalls(_Handle):
+    """Requests that nobody's thread waits for; their ends come through an eventfd.
+
+    Args:
+      calls_max: how many may be in flight, 1..256.
+    """
+
+    def __init__(self, calls_max: int) -> None:
+        module = _module()
+        self._lib = module.lib
+        self._from_buffer = module.ffi.from_buffer
+        self._null = module.ffi.NULL
+        out = module.ffi.new("lhb_calls **")
+        _check("prepare calls", module.lib.lhb_calls_open(calls_max, out))
+        self._result = module.ffi.new("struct lhb_call_result *")
+        super().__init__(out[0])
+
+    @property
+    def fd(self) -> int:
+        """Readable when calls that went on have ended. This object owns it."""
+        return int(self._lib.lhb_calls_fd(self.raw))
+
+    def start(
+        self,
+        volume: NativeVolume,
+        op: Op,
+        flags: int,
+        offset_bytes: int,
+        length_bytes: int,
+        data: Buffer | None,
+        tag: int,
+        wait_ns: int,
+    ) -> bool:
+        """Start a request, and wait for it for a moment without the GIL.
+
+        Args:
+          flags: ``IO_*`` and ``CALL_IN_PLACE``.
+          data: what is written, or where what is read goes; the caller keeps it until the end.
+          tag: what :meth:`next` names the call by.
+          wait_ns: how long that moment is.
+
+        Returns:
+          Whether it has ended; else it goes on, and :meth:`next` tells its end.
+
+        Raises:
+          NativeError: it failed. EAGAIN: too many are in flight.
+        """
+        memory = self._null if data is None else self._from_buffer(data)
+        result = self._lib.lhb_calls_start(
+            self.raw, volume.raw, op, flags, offset_bytes, length_bytes, memory, tag, wait_ns
+        )
+        return _check(op.name.lower(), result) == 1
+
+    def next(self) -> tuple[int, int] | None:
+        """Tag and error (0 or an errno) of a call that ended. Clear the eventfd before."""
+        if self._lib.lhb_calls_next(self.raw, self._result) == 0:
+            return None
+        return self._result.tag, -self._result.error
+
+    def close(self) -> None:
+        """Release it. Nothing is in flight."""
+        raw = self._take()
+        if raw is not None:
+            self._lib.lhb_calls_close(raw)
 
 
 def _raw_or_null(volume: NativeVolume | None) -> Any:

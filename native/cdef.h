@@ -55,6 +55,10 @@
 #define LHB_IO_NO_HOLE 2            /* LHB_OP_ZERO must leave allocated space */
 #define LHB_IO_FAST_ZERO 4          /* LHB_OP_ZERO: -EOPNOTSUPP if slow */
 
+#define LHB_CALL_IN_PLACE 256       /* see lhb_calls_start */
+#define LHB_CALL_BYTES_MAX 4194304  /* of one READ or WRITE */
+#define LHB_CALLS_MAX 256           /* in flight, of one lhb_calls */
+
 #define LHB_NBD_STRUCTURED 1        /* structured replies were negotiated */
 #define LHB_NBD_BASE_ALLOCATION 2   /* base:allocation is selected, id below */
 #define LHB_NBD_READ_ONLY 4
@@ -80,6 +84,7 @@
 typedef struct lhb_engine lhb_engine;
 typedef struct lhb_volume lhb_volume;
 typedef struct lhb_store lhb_store;
+typedef struct lhb_calls lhb_calls;
 
 struct lhb_engine_options {
   uint32_t queues;                  /* queue threads, 1..64 */
@@ -95,6 +100,12 @@ struct lhb_event {
   uint64_t subject_id;              /* store id or connection id */
   uint64_t offset_bytes;
   uint64_t length_bytes;
+};
+
+struct lhb_call_result {
+  uint64_t tag;
+  int32_t error;                    /* 0 or -errno */
+  uint32_t reserved;
 };
 
 struct lhb_extent {
@@ -316,37 +327,30 @@ int lhb_volume_block_status (lhb_volume *volume, uint64_t offset_bytes,
 void lhb_volume_statistics (const lhb_volume *volume,
                             struct lhb_statistics *statistics_out);
 
-/* ---- Dirty maps: what changed since a replica left
- * (docs/internals/activity-log.md).
+/* ---- Calls: requests of a thread that does not wait for them.
  *
- * A store that is dropped gets a tracker by itself, whose id is the store's.
- * It begins with what the store may have had in its page cache only, and from
- * then on has every change that the store missed, those in flight included,
- * before it is answered.  Trackers outlive their stores, end with the volume,
- * and may be asked at any time from any thread.  -ENOENT: no such tracker;
- * whoever asked for a dropped store must take everything for changed. */
-#define LHB_DIRTY_GRANULE_BYTES 65536
+ * For front ends whose requests come through Python.  Up to 'calls_max' are in
+ * flight at once, on any volumes of one engine. */
 
-/* Begin a tracker by hand: for a store that Python is about to take out of the
- * set, as if it were dropped now (it may be tracked already); or, with
- * 'store_id' 0, a clean one for a replica that is away.  -ENOSPC: too many. */
-int lhb_volume_track (lhb_volume *volume, uint64_t store_id,
-                      uint64_t *tracker_id_out);
-int lhb_volume_untrack (lhb_volume *volume, uint64_t tracker_id);
-/* Changed granules that begin at or after offset_bytes, adjacent ones joined,
- * the last one cut at the end of the volume, at most 'max'.  Returns the count;
- * fewer than 'max' means the end was reached. */
-int lhb_dirty_extents (lhb_volume *volume, uint64_t tracker_id,
-                       uint64_t offset_bytes, struct lhb_extent *extents_out,
-                       uint32_t max);
-/* A range changed, for example in an earlier life of the volume. */
-int lhb_dirty_mark (lhb_volume *volume, uint64_t tracker_id,
-                    uint64_t offset_bytes, uint64_t length_bytes);
-/* The granules inside a range are equal again.  A change that ends after this
- * call sets them again, so clear first and compare then; what was not
- * compared in the end is marked again. */
-int lhb_dirty_clear (lhb_volume *volume, uint64_t tracker_id,
-                     uint64_t offset_bytes, uint64_t length_bytes);
+int lhb_calls_open (uint32_t calls_max, lhb_calls **calls_out);
+/* Nothing is in flight. */
+void lhb_calls_close (lhb_calls *calls);
+/* An eventfd, written when there is something for lhb_calls_next again. */
+int lhb_calls_fd (const lhb_calls *calls);
+/* Start a request and wait for it, but not longer than 'wait_ns'.  Returns 1
+ * when it has ended well, -errno when it has failed, and 0 when it goes on:
+ * then lhb_calls_next tells its end, and 'data' must stay until then.
+ * -EAGAIN: calls_max are in flight.
+ *
+ * 'flags' are LHB_IO_*, and LHB_CALL_IN_PLACE: the caller vouches that 'data'
+ * is block-aligned memory, or that the volume has no store with
+ * LHB_STORE_DIRECT, so whole blocks need not be copied. */
+int lhb_calls_start (lhb_calls *calls, lhb_volume *volume, uint32_t op,
+                     uint32_t flags, uint64_t offset_bytes,
+                     uint64_t length_bytes, void *data, uint64_t tag,
+                     uint64_t wait_ns);
+/* 1 and the result of a call that went on, or 0.  Clear the eventfd before. */
+int lhb_calls_next (lhb_calls *calls, struct lhb_call_result *result_out);
 
 /* ---- NBD transmission phase.
  *

@@ -6,6 +6,7 @@ Nothing here knows of sockets being listened on or of text for terminals.
 from __future__ import annotations
 
 from lhblock._native import CloseReason
+from lhblock.engine._calls import Calls
 from lhblock.engine._config import (
     CacheMode,
     DriverChoice,
@@ -38,6 +39,7 @@ from lhblock.engine._volume import Volume
 
 __all__ = [
     "CacheMode",
+    "Calls",
     "CloseReason",
     "Connection",
     "Device",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import trio
@@ -60,18 +61,27 @@ class Device:
     Attributes:
       name: for messages.
       read_only: no request may change it.
+      direct: its stores bypass the page cache, so they want block-aligned memory.
+      files: how often it is open as a file, see :meth:`open_file`.
     """
 
-    def __init__(self, native: NativeVolume, *, name: str, read_only: bool) -> None:
+    def __init__(self, native: NativeVolume, *, name: str, read_only: bool, direct: bool) -> None:
         self._native = native
         self._connections: dict[int, Connection] = {}
         self.name = name
         self.read_only = read_only
+        self.direct = direct
+        self.files = 0
 
     @property
     def native_id(self) -> int:
         """Id of the native volume, by which events are dispatched."""
         return self._native.id
+
+    @property
+    def native(self) -> NativeVolume:
+        """The native volume, for the parts of this package."""
+        return self._native
 
     @property
     def size_bytes(self) -> int:
@@ -126,6 +136,15 @@ class Device:
         """Ask every connection to end."""
         for connection in list(self._connections.values()):
             connection.close()
+
+    @contextmanager
+    def open_file(self) -> Iterator[None]:
+        """Count as a user for the block: somebody has it open as a file."""
+        self.files += 1
+        try:
+            yield
+        finally:
+            self.files -= 1
 
     async def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         """Read a range of any alignment.

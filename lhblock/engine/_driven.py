@@ -105,7 +105,7 @@ class DrivenReplica(Device):
         store_flags: int,
         nursery: trio.Nursery,
     ) -> None:
-        super().__init__(native, name=name, read_only=False)
+        super().__init__(native, name=name, read_only=False, direct=False)
         self._engine = engine
         self._member = member
         self._store_flags = store_flags

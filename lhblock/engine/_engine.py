@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from lhblock._native import Driver, NativeEngine, built_with_uring, probe_uring
+from lhblock.engine._calls import Calls, open_calls
 from lhblock.engine._config import EngineOptions, VolumeConfig
 from lhblock.engine._device import Device
 from lhblock.engine._threads import run_metadata
@@ -59,6 +60,18 @@ class Engine:
         Cancelled while opening: everything opened so far is closed again.
         """
         return open_volume(self, config)
+
+    def open_calls(self, calls_max: int) -> AbstractAsyncContextManager[Calls]:
+        """Prepare for requests of this thread to volumes of this engine, for the block.
+
+        Whoever made a request has its answer before the block is left.
+
+        Args:
+          calls_max: how many are in flight at most, 1..256; one more fails with EAGAIN.
+
+        Cancelled: the block is; requests end first.
+        """
+        return open_calls(calls_max)
 
     def add_device(self, device: Device) -> None:
         """Send events of this native volume to ``device`` from now on."""

@@ -14,6 +14,7 @@ import structlog
 import trio
 
 from lhblock._native import (
+    STORE_DIRECT,
     STORE_READ_ONLY,
     VOLUME_READ_ONLY,
     Event,
@@ -48,8 +49,9 @@ class SnapshotView(Device):
         volume: str,
         snapshot: str,
         images: frozenset[str],
+        direct: bool,
     ) -> None:
-        super().__init__(native, name=f"{volume}@{snapshot}", read_only=True)
+        super().__init__(native, name=f"{volume}@{snapshot}", read_only=True, direct=direct)
         self._stores = stores
         self.snapshot = snapshot
         self.images = images
@@ -189,6 +191,7 @@ class Views:
             volume=self._volume,
             snapshot=snapshot,
             images=frozenset(images),
+            direct=bool(self._store_flags & STORE_DIRECT),
         )
 
 

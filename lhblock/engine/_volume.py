@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from lhblock._native import STORES_MAX, VOLUME_READ_ONLY, Event, EventType, NativeVolume
+from lhblock._native import (
+    STORE_DIRECT,
+    STORES_MAX,
+    VOLUME_READ_ONLY,
+    Event,
+    EventType,
+    NativeVolume,
+)
 from lhblock.engine._config import VolumeConfig
 from lhblock.engine._device import Connection, Device
 from lhblock.engine._info import (
@@ -61,7 +68,12 @@ class Volume(Device):
         store_flags: int,
         nursery: trio.Nursery,
     ) -> None:
-        super().__init__(native, name=config.name, read_only=config.read_only)
+        super().__init__(
+            native,
+            name=config.name,
+            read_only=config.read_only,
+            direct=bool(store_flags & STORE_DIRECT),
+        )
         self._nursery = nursery
         self._out_of_space = 0
         self._metrics = MetricsSampler(native.statistics())
@@ -466,6 +478,8 @@ class Volume(Device):
     def _users(self) -> str:
         if self.connections:
             return f"clients are connected ({self.connections})"
+        if self.files:
+            return f"its file is open ({self.files} times)"
         if self._views.open_snapshots:
             return f"snapshot {self._views.open_snapshots[0]!r} is open"
         return ""
