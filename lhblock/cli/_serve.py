@@ -40,6 +40,17 @@ _SHOWN_VOLUMES_MAX = 20
 @click.option("--no-tcp", is_flag=True, help="Listen on the Unix socket only.")
 @click.option("--socket", metavar="PATH", help="Unix socket.  [default: DATA-DIR/run/nbd.sock]")
 @click.option(
+    "--frontend",
+    multiple=True,
+    type=click.Choice(["nbd", "fuse"]),
+    help="A door to open; repeat it for both.  [default: nbd]",
+)
+@click.option(
+    "--fuse-dir",
+    metavar="DIR",
+    help="Where fuse mounts: DIR/VOLUME/volume, snapshots/NAME, status.json.",
+)
+@click.option(
     "--cache",
     type=click.Choice(["writeback", "none"]),
     help="none bypasses the page cache (O_DIRECT).  [default: as recorded, else writeback]",
@@ -84,6 +95,7 @@ def serve(
     read_only: bool,
     stdio: bool,
     replica: tuple[str, ...],
+    frontend: tuple[str, ...],
     **options: str | None,
 ) -> None:
     """Serve one or more volumes over NBD until SIGINT or SIGTERM.
@@ -98,6 +110,7 @@ def serve(
     lhblock serve db --size 100G
     lhblock serve db --size 100G --replica /disk1/db --replica /disk2/db
     lhblock serve web logs --no-tcp --socket /run/nbd.sock
+    lhblock serve db --frontend nbd --frontend fuse --fuse-dir /mnt/lhblock
     """
     for name in volumes:
         check_volume_name(name)
@@ -110,6 +123,7 @@ def serve(
 
     settings = serve_settings(
         replica=replica or None,
+        frontend=tuple(dict.fromkeys(frontend)) or None,
         tcp=False if no_tcp else None,
         rebuild=False if no_rebuild else None,
         read_only=True if read_only else None,
@@ -148,6 +162,8 @@ def banner(ready: Ready) -> str:
             f" cache {volume.cache}{mode}{made}"
         )
         lines.extend(f"  {uri}" for uri in volume.uris)
+        if volume.file and volume.file not in volume.uris:
+            lines.append(f"  {volume.file}")
     hidden = len(ready.volumes) - _SHOWN_VOLUMES_MAX
     if hidden > 0:
         lines.append(f"and {hidden} more; see 'lhblock volume ls'")
@@ -156,6 +172,8 @@ def banner(ready: Ready) -> str:
     first = ready.volumes[0]
     lines.append("attach:")
     lines.extend(f"  {command}" for command in attach_commands(ready, first.name, first.uris))
+    if first.file:
+        lines.append(f"  losetup --find --show --direct-io=on {shlex.quote(first.file)}")
     lines.append("stop with Ctrl-C")
     return "\n".join(lines)
 

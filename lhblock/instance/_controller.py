@@ -20,7 +20,7 @@ from lhblock.errors import (
     VolumeError,
 )
 from lhblock.instance._registry import Registry
-from lhblock.instance._served import FRONTEND, ServedVolume, no_new_clients
+from lhblock.instance._served import ServedVolume, no_new_clients
 from lhblock.rpc import Call, CallFailed, Handler, Handlers
 from lhblock.rpc.generated import controller_pb2 as pb
 from lhblock.settings import BLOCK_BYTES, check_snapshot_name
@@ -169,7 +169,7 @@ class ControllerService:
                 "UNKNOWN",
                 f"frontend {served.frontend} is already started, cannot be set as {name}",
             )
-        if name != FRONTEND:
+        if name not in served.frontends:
             raise CallFailed(
                 "UNKNOWN", f"failed to find frontend: {name}: unsupported frontend type: {name}"
             )

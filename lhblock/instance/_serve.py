@@ -14,6 +14,7 @@ import trio
 
 from lhblock.engine import Engine, EngineOptions, RebuildOptions, open_engine
 from lhblock.errors import LhblockError, UsageError, VolumeBusy, VolumeNotFound
+from lhblock.frontend.fuse import REQUESTS_MAX, serve_fuse, volume_file
 from lhblock.frontend.nbd import (
     ClientInfo,
     Listener,
@@ -27,9 +28,10 @@ from lhblock.frontend.nbd import (
 from lhblock.instance._controller import Choice, ControllerService
 from lhblock.instance._creation import create_volume, uncreate_volume
 from lhblock.instance._exports import VolumeExports
+from lhblock.instance._fuse_files import ServedFiles
 from lhblock.instance._notify import Notifier
 from lhblock.instance._registry import Registry, VolumeRecord
-from lhblock.instance._served import FRONTEND, ServedVolume, open_served
+from lhblock.instance._served import ServedVolume, open_served
 from lhblock.instance._serving import remove_dead_sockets, serving
 from lhblock.instance._settings import ServeSettings
 from lhblock.instance._signals import watch_signals
@@ -48,7 +50,7 @@ _log = structlog.get_logger("lhblock.instance")
 
 @dataclass(frozen=True)
 class ReadyVolume:
-    """A volume that is served now. `created`: this process made it."""
+    """A volume that is served now. `created`: this process made it. `file`: of FUSE, or ""."""
 
     name: str
     size_bytes: int
@@ -57,6 +59,7 @@ class ReadyVolume:
     read_only: bool
     created: bool
     uris: tuple[str, ...]
+    file: str
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ async def _serve(
     with suppress(OSError):
         remove_dead_sockets(data_dir)
     async with AsyncExitStack() as stack:
-        listeners = [] if stdio else await _listen(stack, data_dir, settings)
+        has_nbd = "nbd" in settings.frontend
+        listeners = [] if stdio or not has_nbd else await _listen(stack, data_dir, settings)
         records = await _records(stack, process, names, size_bytes)
         engine = await stack.enter_async_context(open_engine(_engine_options(settings)))
         for record in records:
@@ -163,7 +167,9 @@ async def _serve(
             try:
                 for link in links:
                     _point(link, control.name)
-                if not stdio:
+                if "fuse" in settings.frontend:
+                    await _start_fuse(nursery, process, engine)
+                if listeners:
                     server.append(
                         await nursery.start(
                             partial(
@@ -195,6 +201,10 @@ async def _serve(
 
 def _check_names(process: _Process, names: Sequence[str], size_bytes: int | None) -> None:
     settings = process.settings
+    if "fuse" in settings.frontend and settings.fuse_dir is None:
+        raise UsageError("--frontend fuse needs --fuse-dir, the directory to mount on")
+    if "fuse" not in settings.frontend and settings.fuse_dir is not None:
+        raise UsageError("--fuse-dir is for --frontend fuse; add that, or leave it out")
     if len(set(names)) != len(names):
         raise UsageError("a volume is named twice")
     if settings.replica and len(names) > 1:
@@ -305,8 +315,31 @@ async def _open(
     )
     await served.refresh_record(process.registry)
     served.uris = tuple(str(listener.uri(record.name)) for listener in listeners)
-    served.frontend, served.frontend_up = FRONTEND, True
+    if not listeners and (file := _file(settings, record.name)):
+        served.uris = (file,)
+    served.frontends = settings.frontend
+    served.frontend, served.frontend_up = settings.frontend[0], True
     process.volumes[record.name] = served
+
+
+async def _start_fuse(nursery: trio.Nursery, process: _Process, engine: Engine) -> None:
+    assert process.settings.fuse_dir is not None
+    directory = Path.cwd() / process.settings.fuse_dir
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        async with engine.open_calls(REQUESTS_MAX) as calls:
+            files = ServedFiles(process.volumes, calls)
+            await serve_fuse(directory, files, task_status=task_status)
+        _log.warning("unmounted by somebody else; files are not offered any more")
+
+    await nursery.start(run)
+
+
+def _file(settings: ServeSettings, name: str) -> str:
+    """Path of a volume's file, "" without the FUSE front end."""
+    if settings.fuse_dir is None:
+        return ""
+    return str(volume_file(Path.cwd() / settings.fuse_dir, name))
 
 
 async def _start_control(
@@ -377,6 +410,7 @@ def _ready(
                 read_only=served.volume.read_only,
                 created=served.name in process.created,
                 uris=tuple(served.uris),
+                file=_file(process.settings, served.name),
             )
             for served in process.volumes.values()
         ),

@@ -36,6 +36,7 @@ class ServedVolume:
       record: as in the registry; replaced when something recorded changes.
       uris: where clients find it; empty when nothing is offered (an offline command).
       frontend: the name last started; stays when the front end is down, as in Longhorn.
+      frontends: all that were started with the process.
       frontend_up: whether new clients are let in.
       rebuild_sync_limit: as set by a client.
       cache: the cache mode in use, which may differ from the recorded one.
@@ -49,6 +50,7 @@ class ServedVolume:
     nursery: trio.Nursery
     uris: Sequence[str] = ()
     frontend: str = ""
+    frontends: Sequence[str] = (FRONTEND,)
     frontend_up: bool = False
     rebuild_sync_limit: int = 1
     cache: str = "writeback"

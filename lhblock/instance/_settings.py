@@ -33,6 +33,8 @@ class ServeSettings(BaseSettings):
       queues: queue threads.
       workers: threads for I/O that would stall a queue.
       connections_max: clients at once, over all volumes.
+      frontend: the doors that are opened, each named once.
+      fuse_dir: where the FUSE front end mounts.
       handshake_timeout_s: how long a client may take to choose its export.
       rebuild: replicas that were away, or failed, are brought back by themselves.
       rebuild_rate: MiB a second at most for a rebuild; 0 is no limit.
@@ -57,6 +59,10 @@ class ServeSettings(BaseSettings):
     rebuild: bool = True
     rebuild_rate: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     rebuild_streams: Annotated[int, Field(ge=1, le=8)] = 2
+    frontend: Annotated[tuple[Literal["nbd", "fuse"], ...], NoDecode, Field(min_length=1)] = (
+        "nbd",
+    )
+    fuse_dir: Path | None = None
     replica: Annotated[tuple[Path, ...], NoDecode] = ()
 
 

@@ -36,6 +36,7 @@ OWNED = {
     "grpc_tools": "rpc",
     "click": "cli",
     "rich": "cli",
+    "pyfuse3": "frontend",
     "pydantic": "instance",
     "pydantic_settings": "instance",
 }

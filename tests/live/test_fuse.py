@@ -1,0 +1,192 @@
+"""The FUSE front end, mounted: files of volumes and snapshots, loop devices, fio, kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.live.serving import MIB, Serve, cli, cli_json, requires, serve, tool
+
+pytestmark = [pytest.mark.live, pytest.mark.interop]
+
+# 15 MiB and 3 blocks, so that the last read of a MiB is short.
+SIZE = 15 * MIB + 3 * 4096
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Iterator[Path]:
+    """A directory that is not mounted any more when the test is over."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("requires /dev/fuse")
+    requires("fusermount3")
+    directory = tmp_path / "mnt"
+    yield directory
+    subprocess.run(["fusermount3", "-u", "-z", "-q", directory], check=False)
+
+
+@contextmanager
+def mounted(tmp_path: Path, mountpoint: Path, *options: str, size: int = SIZE) -> Iterator[Serve]:
+    arguments = ("db", "--size", str(size), "--frontend", "nbd", "--frontend", "fuse")
+    with serve(tmp_path / "data", *arguments, "--fuse-dir", str(mountpoint), *options) as served:
+        yield served
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_tree_shows_the_volume_its_state_and_its_snapshots(
+    tmp_path: Path, mountpoint: Path
+) -> None:
+    with mounted(tmp_path, mountpoint) as served:
+        volume = mountpoint / "db" / "volume"
+        assert served.ready["volumes"][0]["file"] == str(volume)
+        assert names(mountpoint) == ["db"]
+        assert names(mountpoint / "db") == ["snapshots", "status.json", "volume"]
+        assert volume.stat().st_size == SIZE
+        with volume.open("r+b", buffering=0) as file:
+            file.write(b"old" * 5000)
+            cli(served.data_dir, "snapshot", "create", "db", "s1")
+            file.seek(0)
+            file.write(b"new" * 5000)
+        snapshot = mountpoint / "db" / "snapshots" / "s1"
+        assert snapshot.stat().st_size == SIZE
+        assert snapshot.read_bytes() == (b"old" * 5000).ljust(SIZE, b"\0")
+        assert volume.read_bytes() == (b"new" * 5000).ljust(SIZE, b"\0")
+        status = json.loads((mountpoint / "db" / "status.json").read_text())
+        assert status["state"] == "healthy"
+        assert [item["name"] for item in status["snapshots"]] == ["s1"]
+        code, log = served.stop()
+        assert code == 0, log
+    assert not mountpoint.is_mount()
+    assert names(mountpoint) == []
+
+
+def test_what_cannot_be_done_says_so(tmp_path: Path, mountpoint: Path) -> None:
+    with mounted(tmp_path, mountpoint) as served:
+        volume = mountpoint / "db" / "volume"
+        cli(served.data_dir, "snapshot", "create", "db", "s1")
+        with pytest.raises(OSError, match="Read-only"):
+            (mountpoint / "db" / "snapshots" / "s1").open("r+b")
+        with pytest.raises(PermissionError):
+            os.truncate(volume, 4096)
+        with pytest.raises(FileNotFoundError):
+            (mountpoint / "other" / "volume").open("rb")
+        with volume.open("r+b", buffering=0) as file:
+            with pytest.raises(OSError, match="No space"):
+                os.pwrite(file.fileno(), b"x", SIZE)
+            assert os.pwrite(file.fileno(), b"xy", SIZE - 1) == 1
+            assert os.pread(file.fileno(), 10, SIZE - 1) == b"x"
+            # The content is not replaced under somebody who has it open.
+            refused = cli(served.data_dir, "snapshot", "revert", "db", "s1", status=1)
+            assert "file is open" in refused.stderr
+        cli(served.data_dir, "snapshot", "revert", "db", "s1")
+        cli(served.data_dir, "volume", "expand", "db", "32M")
+        assert volume.stat().st_size == 32 * MIB
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_random_operations_agree_with_a_model(tmp_path: Path, mountpoint: Path, cache: str) -> None:
+    chance = random.Random(41)
+    model = bytearray(SIZE)
+    with mounted(tmp_path, mountpoint, "--cache", cache):
+        fd = os.open(mountpoint / "db" / "volume", os.O_RDWR)
+        try:
+            for _ in range(400):
+                offset = chance.randrange(SIZE)
+                length = min(chance.choice([1, 512, 4096, 70000, MIB]), SIZE - offset)
+                if chance.random() < 0.5:
+                    offset -= offset % 4096
+                if chance.random() < 0.5:
+                    data = chance.randbytes(length)
+                    assert os.pwrite(fd, data, offset) == length
+                    model[offset : offset + length] = data
+                else:
+                    assert os.pread(fd, length, offset) == model[offset : offset + length]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        assert (mountpoint / "db" / "volume").read_bytes() == model
+
+
+def test_fio_verifies_what_it_wrote_with_many_requests_in_flight(
+    tmp_path: Path, mountpoint: Path
+) -> None:
+    with mounted(tmp_path, mountpoint):
+        tool(
+            "fio",
+            "--name=job",
+            f"--filename={mountpoint / 'db' / 'volume'}",
+            "--ioengine=libaio",
+            "--direct=1",
+            "--rw=randwrite",
+            "--bsrange=4k-256k",
+            "--iodepth=16",
+            "--fsync=32",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+            "--randseed=7",
+            f"--size={15 * MIB}",
+        )
+
+
+def test_a_killed_server_leaves_no_mount_and_what_was_flushed(
+    tmp_path: Path, mountpoint: Path
+) -> None:
+    with mounted(tmp_path, mountpoint) as served:
+        fd = os.open(mountpoint / "db" / "volume", os.O_RDWR)
+        os.pwrite(fd, b"kept", 4096)
+        os.fsync(fd)
+        served.process.send_signal(signal.SIGKILL)
+        served.process.wait()
+        with pytest.raises(OSError, match=r"not connected|aborted"):
+            os.pread(fd, 4, 4096)
+        with suppress(OSError):  # closing says it too
+            os.close(fd)
+    with mounted(tmp_path, mountpoint):
+        assert (mountpoint / "db" / "volume").read_bytes()[4096:4100] == b"kept"
+
+
+def test_a_loop_device_carries_a_file_system(tmp_path: Path, mountpoint: Path) -> None:
+    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
+        pytest.skip("requires root and loop devices")
+    size = 320 * MIB  # the least that mkfs.xfs takes
+    with mounted(tmp_path, mountpoint, size=size) as served:
+        volume = mountpoint / "db" / "volume"
+        device = tool("losetup", "--find", "--show", "--direct-io=on", str(volume)).stdout.strip()
+        try:
+            for mkfs, check in (
+                (("mkfs.ext4", "-q", "-F"), ("e2fsck", "-f", "-n")),
+                (("mkfs.xfs", "-q", "-f"), ("xfs_repair", "-n")),
+            ):
+                tool(*mkfs, device)
+                tool(*check, device)
+        finally:
+            tool("losetup", "--detach", device)
+        code, log = served.stop()
+        assert code == 0, log
+
+
+def test_directories_that_cannot_be_mounted_on(tmp_path: Path, mountpoint: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    options = ("serve", "db", "--size", "1M", "--no-tcp", "--frontend", "fuse")
+    data = tmp_path / "data"
+    refused = cli(data, *options, "--fuse-dir", str(tmp_path / "full"), status=1)
+    assert "not empty" in refused.stderr
+    assert "needs --fuse-dir" in cli(data, *options, status=2).stderr
+    # Nothing half-made is left behind.
+    assert cli_json(data, "volume", "ls")["volumes"] == []
+    with mounted(tmp_path, mountpoint):
+        second = ("serve", "db2", *options[2:])
+        refused = cli(data, *second, "--fuse-dir", str(mountpoint), status=1)
+        assert "mounted there already" in refused.stderr
