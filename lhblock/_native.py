@@ -12,6 +12,7 @@ may wait for I/O: call them from a worker thread, never from the trio thread.
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 from abc import ABC, abstractmethod
@@ -31,6 +32,7 @@ BLOCK_BYTES = 4096
 LAYERS_MAX = 250
 STORES_MAX = 8
 MERGE_STEP_BYTES = 64 << 20
+DIRTY_GRANULE_BYTES = 64 << 10
 
 STORE_DIRECT = 1
 STORE_READ_ONLY = 2
@@ -136,7 +138,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Extent:
-    """A data range of a file, in bytes, block aligned."""
+    """A range of a file or of a volume, in bytes, block aligned."""
 
     offset_bytes: int
     length_bytes: int
@@ -205,6 +207,7 @@ def _module() -> Any:
         "LHB_LAYERS_MAX": LAYERS_MAX,
         "LHB_STORES_MAX": STORES_MAX,
         "LHB_MERGE_STEP_BYTES": MERGE_STEP_BYTES,
+        "LHB_DIRTY_GRANULE_BYTES": DIRTY_GRANULE_BYTES,
         "LHB_STORE_DIRECT": STORE_DIRECT,
         "LHB_STORE_READ_ONLY": STORE_READ_ONLY,
         "LHB_PEER_OURS": PEER_OURS,
@@ -732,6 +735,54 @@ class NativeVolume(_Handle):
             ),
         )
         return [(pairs[2 * i], pairs[2 * i + 1]) for i in range(count)]
+
+    def track(self, store_id: int = 0) -> int:
+        """Record changes for a replica that is away; return the tracker's id, which is the store's.
+
+        A store that the core drops is tracked by itself; this is for one that Python takes out of
+        the set. With 0 a clean tracker begins, for a replica that was away before.
+        """
+        out = self._ffi.new("uint64_t *")
+        _check("track changes", self._lib.lhb_volume_track(self.raw, store_id, out))
+        return int(out[0])
+
+    def untrack(self, tracker_id: int) -> None:
+        """The replica is back. ``NativeError`` (ENOENT) if it was not tracked."""
+        _check("end tracking", self._lib.lhb_volume_untrack(self.raw, tracker_id))
+
+    def dirty_extents(self, tracker_id: int, offset_bytes: int = 0) -> list[Extent] | None:
+        """What changed at and after ``offset_bytes`` since the replica left, in order.
+
+        Returns:
+          Granules of ``DIRTY_GRANULE_BYTES``, adjacent ones joined; None when the replica is not
+          tracked, and everything counts as changed.
+        """
+        batch = self._ffi.new("struct lhb_extent[]", EXTENTS_MAX)
+        extents: list[Extent] = []
+        while True:
+            count = self._lib.lhb_dirty_extents(
+                self.raw, tracker_id, offset_bytes, batch, EXTENTS_MAX
+            )
+            if count == -errno.ENOENT:
+                return None
+            _check("read a dirty map", count)
+            extents += [Extent(batch[i].offset_bytes, batch[i].length_bytes) for i in range(count)]
+            if count < EXTENTS_MAX:
+                return extents
+            offset_bytes = extents[-1].offset_bytes + extents[-1].length_bytes
+
+    def mark_dirty(self, tracker_id: int, offset_bytes: int, length_bytes: int) -> None:
+        """Count every granule that a range touches as changed."""
+        result = self._lib.lhb_dirty_mark(self.raw, tracker_id, offset_bytes, length_bytes)
+        _check("mark changes", result)
+
+    def clear_dirty(self, tracker_id: int, offset_bytes: int, length_bytes: int) -> None:
+        """Count the granules inside a range as equal, until they change again.
+
+        Clear a range first and compare it then: a change that ends in between is kept.
+        """
+        result = self._lib.lhb_dirty_clear(self.raw, tracker_id, offset_bytes, length_bytes)
+        _check("clear changes", result)
 
     def statistics(self) -> NativeStatistics:
         """Totals since the volume was opened."""

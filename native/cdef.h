@@ -352,6 +352,38 @@ int lhb_calls_start (lhb_calls *calls, lhb_volume *volume, uint32_t op,
 /* 1 and the result of a call that went on, or 0.  Clear the eventfd before. */
 int lhb_calls_next (lhb_calls *calls, struct lhb_call_result *result_out);
 
+/* ---- Dirty maps: what changed since a replica left
+ * (docs/internals/activity-log.md).
+ *
+ * A store that is dropped gets a tracker by itself, whose id is the store's.
+ * It begins with what the store may have had in its page cache only, and from
+ * then on has every change that the store missed, those in flight included,
+ * before it is answered.  Trackers outlive their stores, end with the volume,
+ * and may be asked at any time from any thread.  -ENOENT: no such tracker;
+ * whoever asked for a dropped store must take everything for changed. */
+#define LHB_DIRTY_GRANULE_BYTES 65536
+
+/* Begin a tracker by hand: for a store that Python is about to take out of the
+ * set, as if it were dropped now (it may be tracked already); or, with
+ * 'store_id' 0, a clean one for a replica that is away.  -ENOSPC: too many. */
+int lhb_volume_track (lhb_volume *volume, uint64_t store_id,
+                      uint64_t *tracker_id_out);
+int lhb_volume_untrack (lhb_volume *volume, uint64_t tracker_id);
+/* Changed granules that begin at or after offset_bytes, adjacent ones joined,
+ * the last one cut at the end of the volume, at most 'max'.  Returns the count;
+ * fewer than 'max' means the end was reached. */
+int lhb_dirty_extents (lhb_volume *volume, uint64_t tracker_id,
+                       uint64_t offset_bytes, struct lhb_extent *extents_out,
+                       uint32_t max);
+/* A range changed, for example in an earlier life of the volume. */
+int lhb_dirty_mark (lhb_volume *volume, uint64_t tracker_id,
+                    uint64_t offset_bytes, uint64_t length_bytes);
+/* The granules inside a range are equal again.  A change that ends after this
+ * call sets them again, so clear first and compare then; what was not
+ * compared in the end is marked again. */
+int lhb_dirty_clear (lhb_volume *volume, uint64_t tracker_id,
+                     uint64_t offset_bytes, uint64_t length_bytes);
+
 /* ---- NBD transmission phase.
  *
  * The socket is past its handshake.  On success it belongs to the core, which

@@ -147,6 +147,7 @@ class ReplicaSet:
         """Make the members' stores the replica set. Before the first request, or frozen."""
         wanted = self._wanted()
         if self.usable and wanted != self._published:
+            self._track_withdrawn()
             self._native.publish([store for store, _ in wanted], [mode for _, mode in wanted])
             self._published = wanted
 
@@ -388,6 +389,19 @@ class ReplicaSet:
             for member in failing:
                 member.state = MemberState.LEFT  # its acknowledgements are never released
             return False
+
+    def _track_withdrawn(self) -> None:
+        # The core tracks what it drops by itself. Frozen: nothing is changed meanwhile.
+        for member in self.members:
+            if member.state is MemberState.USABLE or not member.has_store:
+                continue
+            if (member.store, StoreMode.RW) in self._published:
+                try:
+                    self._native.track(member.store.id)
+                except NativeError as error:
+                    # Without a map everything counts as changed when it comes back.
+                    path = str(member.path)
+                    log.warning("changes are not tracked", replica=path, reason=str(error))
 
     def _release(self, failing: list[Member]) -> None:
         for member in failing:

@@ -62,6 +62,9 @@
 #define LHB_MAP_CHUNK_SHIFT 15          /* blocks: 128 MiB chunks */
 #define LHB_MAP_STRIPES 64
 
+#define LHB_TRACKERS_MAX 16             /* replicas away from one volume */
+#define LHB_DIRTY_CHUNK_SHIFT 15        /* granules: 2 GiB, 4 KiB of memory */
+
 /* A buffered write slower than this sends the store's writes to the driver
  * for LHB_SLOW_PENALTY_NS, so that a throttled disk does not stall a queue. */
 #define LHB_SLOW_WRITE_NS 20000000ull

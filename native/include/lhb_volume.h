@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "lhb_dirty.h"
 #include "lhb_range.h"
 #include "lhb_request.h"
 #include "lhb_store.h"
@@ -59,6 +60,8 @@ struct lhb_volume {
   struct lhb_connection *connections;
   uint64_t connection_count;
   uint64_t last_full_event_ns;
+
+  struct lhb_trackers trackers; /* of replicas that were dropped */
 
   struct lhb_counters counters;
 };

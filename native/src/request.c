@@ -40,6 +40,8 @@ lhb_request_finish (struct lhb_request *request)
 void
 lhb_request_finish_change (struct lhb_request *request)
 {
+  lhb_trackers_note (&request->volume->trackers, request->offset_bytes,
+                     request->length_bytes);
   if (lhb_volume_hold (request->volume, request))
     return;
   lhb_request_finish (request);

@@ -34,6 +34,7 @@ lhb_volume_open (lhb_engine *engine, uint64_t size_bytes, uint32_t flags,
   volume->id = lhb_engine_new_id (engine);
   volume->size_bytes = size_bytes;
   volume->flags = flags;
+  lhb_trackers_init (&volume->trackers, size_bytes);
   lhb_mutex_init (&volume->lock);
   if (pthread_cond_init (&volume->changed, NULL) != 0)
     abort ();
@@ -111,6 +112,7 @@ lhb_volume_close (lhb_volume *volume)
     if (volume->stores[i]->peer != NULL)
       lhb_peer_set_volume (volume->stores[i]->peer, NULL);
   lhb_range_close (volume->ranges);
+  lhb_trackers_free (&volume->trackers);
   pthread_cond_destroy (&volume->changed);
   pthread_mutex_destroy (&volume->lock);
   free (volume);
@@ -119,11 +121,15 @@ lhb_volume_close (lhb_volume *volume)
 int
 lhb_volume_resize (lhb_volume *volume, uint64_t size_bytes)
 {
+  int err;
+
   if (size_bytes % LHB_BLOCK_BYTES != 0
       || size_bytes < atomic_load (&volume->size_bytes))
     return -EINVAL;
-  atomic_store (&volume->size_bytes, size_bytes);
-  return 0;
+  err = lhb_trackers_resize (&volume->trackers, size_bytes);
+  if (err == 0)
+    atomic_store (&volume->size_bytes, size_bytes);
+  return err;
 }
 
 /* ---- The fence. */

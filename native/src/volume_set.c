@@ -109,6 +109,7 @@ static bool
 drop_store (struct lhb_volume *volume, uint32_t index)
 {
   uint8_t state = atomic_load (&volume->states[index]);
+  uint64_t tracker_id;
 
   if (state == LHB_STATE_WO)
     {
@@ -117,7 +118,10 @@ drop_store (struct lhb_volume *volume, uint32_t index)
     }
   if (state != LHB_STATE_RW || count_rw (volume) == 1)
     return false;
-  /* Counted first: whoever sees the state also sees that a fence is owed. */
+  /* Both first: whoever sees the state also sees that changes it missed are
+   * recorded and that a fence is owed.  Without a tracker nobody knows what it
+   * missed, and everything counts. */
+  (void) lhb_volume_track (volume, volume->stores[index]->id, &tracker_id);
   atomic_fetch_add (&volume->unfenced, 1);
   atomic_store (&volume->states[index], LHB_STATE_FAILED);
   return true;
