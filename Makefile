@@ -14,7 +14,7 @@ PACKAGES := \
 	nbd-client \
 	fuse3 libfuse3-dev \
 	nbdkit libnbd-bin python3-libnbd qemu-utils fio e2fsprogs xfsprogs zstd \
-	qemu-system-x86 busybox-static cpio \
+	qemu-system-x86 qemu-system-common busybox-static cpio \
 	systemd \
 	clang libclang-rt-14-dev
 

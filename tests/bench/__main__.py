@@ -9,6 +9,7 @@ import structlog
 
 from tests.bench import report
 from tests.bench.contestants import fio_direct, nbdkit_file, nbdkit_memory, qemu_nbd
+from tests.bench.fuse import fuse_contestants
 from tests.bench.goals import goals
 from tests.bench.idle import idle_cost
 from tests.bench.map_memory import map_memory
@@ -35,6 +36,7 @@ def matches() -> list[Match]:
             ],
             small,
         ),
+        Match("fuse", fuse_contestants()),
         Match("depth", [lhblock("1 layer"), lhblock_deep(f"{LAYERS_DEEP} layers")], reads),
     ]
 
