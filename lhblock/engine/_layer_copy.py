@@ -80,6 +80,7 @@ class LayerCopy:
         self._todo = [offset for offset in plan.offsets_bytes if offset >= from_bytes]
         self._next = 0
         self._under_way: set[int] = set()
+        self._noting = trio.Lock()
         self._failure: LhblockError | OSError | None = None
         self.copied_bytes = 0
 
@@ -152,8 +153,9 @@ class LayerCopy:
                 finally:
                     self._under_way.discard(batch[0])
                 advanced(len(batch))
-                if begin // NOTE_UNITS != self._next // NOTE_UNITS:
-                    await run_copy(self._note, self.done_before_bytes, note)
+                if begin // NOTE_UNITS != (begin + BATCH_UNITS) // NOTE_UNITS:
+                    async with self._noting:  # one file, one writer
+                        await run_copy(self._note, self.done_before_bytes, note)
 
     def _copy_batch(self, unit: NativeUnit, batch: Sequence[int]) -> None:
         for offset in batch:
@@ -176,7 +178,9 @@ class LayerCopy:
         self._target.sync_units(self._image)
         note(before_bytes)
 
-    async def verify(self, *, check: Callable[[], None], advanced: Callable[[int], None]) -> None:
+    async def verify(
+        self, *, streams: int, check: Callable[[], None], advanced: Callable[[int], None]
+    ) -> None:
         """Read the target back and compare hashes.
 
         Raises:
@@ -184,12 +188,27 @@ class LayerCopy:
 
         Cancelled between batches.
         """
-        with NativeUnit() as unit:
-            for begin in range(0, len(self._plan.offsets_bytes), BATCH_UNITS):
-                check()
-                batch = self._plan.offsets_bytes[begin : begin + BATCH_UNITS]
-                await run_copy(self._verify_batch, unit, batch)
-                advanced(len(batch))
+        self._next = 0
+        async with trio.open_nursery() as nursery:
+            for _ in range(streams):
+                nursery.start_soon(self._verify_stream, check, advanced)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _verify_stream(
+        self, check: Callable[[], None], advanced: Callable[[int], None]
+    ) -> None:
+        offsets = self._plan.offsets_bytes
+        try:
+            with NativeUnit() as unit:
+                while self._next < len(offsets) and self._failure is None:
+                    check()
+                    begin, self._next = self._next, self._next + BATCH_UNITS
+                    batch = offsets[begin : begin + BATCH_UNITS]
+                    await run_copy(self._verify_batch, unit, batch)
+                    advanced(len(batch))
+        except (LhblockError, OSError) as error:
+            self._failure = self._failure or error
 
     def _verify_batch(self, unit: NativeUnit, batch: Sequence[int]) -> None:
         for offset in batch:

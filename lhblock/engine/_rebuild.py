@@ -427,7 +427,7 @@ class Rebuilder:
             work.copied_bytes += copy.copied_bytes
             work.phase = "verifying"
             try:
-                await copy.verify(check=check, advanced=advanced)
+                await copy.verify(streams=self._options.streams, check=check, advanced=advanced)
             except ReplicaDamaged:
                 # What an attempt before has left may be the reason: the next one starts anew.
                 await run_copy(member.directory.forget_progress)

@@ -401,3 +401,14 @@ def test_an_interrupt_is_status_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
 def test_a_data_directory_that_is_a_file_is_wrong_usage(cli: Cli) -> None:
     cli.data_dir.touch()
     assert "is not a directory" in cli.fails(2, "volume", "ls")
+
+
+def test_replica_with_a_directory_is_the_process_and_with_a_verb_is_not(cli: Cli) -> None:
+    assert "--listen" in cli("replica", "some/dir", "--help").out
+    assert "--listen" in cli("replica", "./ls", "--help").out
+    group = cli("replica", "--help").out
+    assert "rebuild-status" in group
+    assert "replica process" in group
+    assert "no volume" not in cli("replica", "ls", "--help").out
+    cli.fails(2, "replica", "ls")
+    cli.fails(1, "replica", "ls", "nosuch")
