@@ -13,7 +13,7 @@ PACKAGES := \
 	liburing-dev \
 	nbd-client \
 	fuse3 libfuse3-dev \
-	nbdkit libnbd-bin python3-libnbd qemu-utils fio e2fsprogs xfsprogs zstd \
+	nbdkit nbdkit-plugin-python gnutls-bin libnbd-bin python3-libnbd qemu-utils fio e2fsprogs xfsprogs zstd \
 	qemu-system-x86 qemu-system-common busybox-static cpio \
 	systemd \
 	clang libclang-rt-14-dev

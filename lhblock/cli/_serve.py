@@ -38,6 +38,21 @@ _SHOWN_VOLUMES_MAX = 20
     help="TCP address; port 0 lets the kernel choose.  [default: 127.0.0.1:10809]",
 )
 @click.option("--no-tcp", is_flag=True, help="Listen on the Unix socket only.")
+@click.option(
+    "--tls-certificates",
+    metavar="DIR",
+    help="Speak TLS on TCP, and nothing else: ca-cert.pem, server-cert.pem, server-key.pem.",
+)
+@click.option(
+    "--tls-psk",
+    metavar="FILE",
+    help="Speak TLS on TCP, and nothing else, with the keys that psktool put there.",
+)
+@click.option(
+    "--tls-verify-clients",
+    is_flag=True,
+    help="With --tls-certificates: let in only clients with a certificate of that authority.",
+)
 @click.option("--socket", metavar="PATH", help="Unix socket.  [default: DATA-DIR/run/nbd.sock]")
 @click.option(
     "--frontend",
@@ -94,6 +109,7 @@ def serve(
     no_rebuild: bool,
     read_only: bool,
     stdio: bool,
+    tls_verify_clients: bool,
     replica: tuple[str, ...],
     frontend: tuple[str, ...],
     **options: str | None,
@@ -104,12 +120,14 @@ def serve(
     of a snapshot. A second signal stops at once. Each option but --size, --replica and --stdio
     can be given as a variable: LHBLOCK_LISTEN, LHBLOCK_TCP=0, LHBLOCK_SOCKET, LHBLOCK_CACHE,
     LHBLOCK_READ_ONLY, LHBLOCK_DRIVER, LHBLOCK_QUEUES, LHBLOCK_WORKERS, LHBLOCK_CONNECTIONS_MAX,
-    LHBLOCK_REBUILD=0, LHBLOCK_REBUILD_RATE, LHBLOCK_REBUILD_STREAMS.
+    LHBLOCK_REBUILD=0, LHBLOCK_REBUILD_RATE, LHBLOCK_REBUILD_STREAMS, LHBLOCK_TLS_CERTIFICATES,
+    LHBLOCK_TLS_PSK, LHBLOCK_TLS_VERIFY_CLIENTS.
 
     \b
     lhblock serve db --size 100G
     lhblock serve db --size 100G --replica /disk1/db --replica /disk2/db
     lhblock serve web logs --no-tcp --socket /run/nbd.sock
+    lhblock serve db --listen 10.0.0.9:10809 --tls-psk /etc/lhblock/keys.psk
     lhblock serve db --frontend nbd --frontend fuse --fuse-dir /mnt/lhblock
     """
     for name in volumes:
@@ -127,6 +145,7 @@ def serve(
         tcp=False if no_tcp else None,
         rebuild=False if no_rebuild else None,
         read_only=True if read_only else None,
+        tls_verify_clients=True if tls_verify_clients else None,
         connections_max=max_connections,
         **options,
     )
@@ -181,7 +200,10 @@ def banner(ready: Ready) -> str:
 def attach_commands(ready: Ready, name: str, uris: Any) -> list[str]:
     """Return commands that attach or copy `name`, for addresses that are listened on."""
     commands = [f"lhblock attach {shlex.quote(uris[-1])}"] if uris else []
-    if ready.listen:
+    secured = [uri for uri in uris if uri.startswith("nbds:")]
+    uris = [uri for uri in uris if uri not in secured]
+    commands += [f"nbdinfo {shlex.quote(uri)}" for uri in secured[:1]]
+    if ready.listen and not secured:
         host, _, port = ready.listen[0].rpartition(":")
         host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
         commands.append(f"nbd-client {host} {port} /dev/nbd0 -N {name}")

@@ -27,8 +27,12 @@ class Target:
 
     @classmethod
     def of_volume(cls, data_dir: str, name: str, uris: list[str]) -> Target:
-        """A volume of a data directory. The Unix socket, whose path is fixed, is preferred."""
-        found = sorted((parse_uri(uri) for uri in uris), key=lambda uri: uri.socket_path is None)
+        """A volume of a data directory. The Unix socket, whose path is fixed, is preferred.
+
+        Addresses with TLS, which the kernel does not speak, are passed over.
+        """
+        plain = [parse_uri(uri) for uri in uris if not uri.startswith("nbds:")]
+        found = sorted(plain, key=lambda uri: uri.socket_path is None)
         return cls(name, volume_identity(data_dir, name), found[0])
 
     @classmethod

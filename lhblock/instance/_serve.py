@@ -19,11 +19,14 @@ from lhblock.frontend.nbd import (
     ClientInfo,
     Listener,
     NbdServer,
+    TlsKeys,
     adopt_activation_listeners,
     open_tcp_listeners,
     open_unix_listener,
+    read_tls_keys,
     serve_nbd,
     serve_stdio,
+    serve_tls,
 )
 from lhblock.instance._controller import Choice, ControllerService
 from lhblock.instance._creation import create_volume, uncreate_volume
@@ -145,12 +148,13 @@ async def _serve(
 ) -> None:
     data_dir, settings = process.data_dir, process.settings
     _check_names(process, names, size_bytes)
+    keys = _tls_keys(settings, stdio=stdio)
     data_dir.prepare()
     with suppress(OSError):
         remove_dead_sockets(data_dir)
     async with AsyncExitStack() as stack:
         has_nbd = "nbd" in settings.frontend
-        listeners = [] if stdio or not has_nbd else await _listen(stack, data_dir, settings)
+        listeners = [] if stdio or not has_nbd else await _listen(stack, data_dir, settings, keys)
         records = await _records(stack, process, names, size_bytes)
         engine = await stack.enter_async_context(open_engine(_engine_options(settings)))
         for record in records:
@@ -174,13 +178,15 @@ async def _serve(
                         await nursery.start(
                             partial(
                                 serve_nbd,
-                                listeners,
+                                [item for item in listeners if item.tls is None],
                                 exports,
                                 handshake_timeout_s=settings.handshake_timeout_s,
                                 connections_max=settings.connections_max,
                             )
                         )
                     )
+                if keys is not None:
+                    await _start_tls(nursery, settings, keys, listeners)
                 process.ready = True
                 ready = _ready(process, engine, listeners, control)
                 on_ready(ready)
@@ -242,23 +248,48 @@ def _check_names(process: _Process, names: Sequence[str], size_bytes: int | None
             )
 
 
+def _tls_keys(settings: ServeSettings, *, stdio: bool) -> TlsKeys | None:
+    keys = read_tls_keys(
+        settings.tls_certificates,
+        settings.tls_psk,
+        verify_clients=settings.tls_verify_clients,
+    )
+    if keys is not None and (stdio or not settings.tcp or "nbd" not in settings.frontend):
+        raise UsageError(
+            "TLS is for clients on TCP; leave out --stdio, --no-tcp and --frontend fuse alone,"
+            " or the --tls options"
+        )
+    return keys
+
+
 async def _listen(
-    stack: AsyncExitStack, data_dir: DataDir, settings: ServeSettings
+    stack: AsyncExitStack, data_dir: DataDir, settings: ServeSettings, keys: TlsKeys | None
 ) -> list[Listener]:
     listeners = adopt_activation_listeners(os.environ)
     for listener in listeners:
         stack.callback(listener.close)
-    if listeners:
-        return listeners
-    if settings.tcp:
+    activated = bool(listeners)
+    if not activated and settings.tcp:
         address = parse_listen(settings.listen)
         for listener in await open_tcp_listeners(address.host, address.port):
             stack.callback(listener.close)
             listeners.append(listener)
+    for listener in listeners:
+        if listener.uri().host is not None:
+            listener.tls = keys
+    # What speaks TLS passes its clients on to a Unix socket.
+    if activated and (keys is None or any(map(_unix_path, listeners))):
+        return listeners
     path = Path.cwd() / settings.socket if settings.socket else data_dir.nbd_socket
     listener = await open_unix_listener(path)
     stack.callback(listener.close)
     return [*listeners, listener]
+
+
+def _unix_path(listener: Listener) -> str:
+    """Where clients find a Unix socket; "" if it is none, or has a name that is no path."""
+    path = listener.uri().socket_path or ""
+    return path if path.startswith("/") else ""
 
 
 async def _records(
@@ -320,6 +351,18 @@ async def _open(
     served.frontends = settings.frontend
     served.frontend, served.frontend_up = settings.frontend[0], True
     process.volumes[record.name] = served
+
+
+async def _start_tls(
+    nursery: trio.Nursery, settings: ServeSettings, keys: TlsKeys, listeners: Sequence[Listener]
+) -> None:
+    secured = [listener for listener in listeners if listener.tls is not None]
+    paths = list(filter(None, map(_unix_path, listeners)))
+    if not secured:
+        raise UsageError("TLS is for clients on TCP, and no TCP socket was passed by systemd")
+    await nursery.start(
+        partial(serve_tls, keys, secured, paths[0], connections_max=settings.connections_max)
+    )
 
 
 async def _start_fuse(nursery: trio.Nursery, process: _Process, engine: Engine) -> None:

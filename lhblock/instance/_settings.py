@@ -35,6 +35,9 @@ class ServeSettings(BaseSettings):
       connections_max: clients at once, over all volumes.
       frontend: the doors that are opened, each named once.
       fuse_dir: where the FUSE front end mounts.
+      tls_certificates: directory with X.509 files; TCP then speaks TLS.
+      tls_psk: file of pre-shared keys; TCP then speaks TLS.
+      tls_verify_clients: with certificates: clients need one of the same authority.
       handshake_timeout_s: how long a client may take to choose its export.
       rebuild: replicas that were away, or failed, are brought back by themselves.
       rebuild_rate: MiB a second at most for a rebuild; 0 is no limit.
@@ -55,6 +58,9 @@ class ServeSettings(BaseSettings):
     queues: Annotated[int, Field(ge=1, le=64)] = 2
     workers: Annotated[int, Field(ge=1, le=64)] = 16
     connections_max: Annotated[int, Field(ge=1, le=65536)] = 1024
+    tls_certificates: Path | None = None
+    tls_psk: Path | None = None
+    tls_verify_clients: bool = False
     handshake_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     rebuild: bool = True
     rebuild_rate: Annotated[int, Field(ge=0, le=1 << 20)] = 0

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ._server import ClientInfo, NbdServer, serve_nbd
     from ._sockets import SocketBytes, detach, peer_name, tune
     from ._stdio import serve_stdio
+    from ._tls import serve_tls
+    from ._tls_keys import TlsKeys, read_tls_keys
     from ._uri import NbdUri, parse_uri
 
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "NbdServer": "_server",
     "NbdUri": "_uri",
     "SocketBytes": "_sockets",
+    "TlsKeys": "_tls_keys",
     "UnknownExport": "_exports",
     "adopt_activation_listeners": "_listeners",
     "detach": "_sockets",
@@ -48,8 +51,10 @@ _HOMES = {
     "open_unix_listener": "_listeners",
     "parse_uri": "_uri",
     "peer_name": "_sockets",
+    "read_tls_keys": "_tls_keys",
     "serve_nbd": "_server",
     "serve_stdio": "_stdio",
+    "serve_tls": "_tls",
     "tune": "_sockets",
 }
 
@@ -67,6 +72,7 @@ __all__ = [
     "NbdServer",
     "NbdUri",
     "SocketBytes",
+    "TlsKeys",
     "UnknownExport",
     "adopt_activation_listeners",
     "detach",
@@ -75,8 +81,10 @@ __all__ = [
     "open_unix_listener",
     "parse_uri",
     "peer_name",
+    "read_tls_keys",
     "serve_nbd",
     "serve_stdio",
+    "serve_tls",
     "tune",
 ]
 

@@ -18,6 +18,7 @@ import trio
 from lhblock.errors import FrontendError
 
 from ._protocol import NBD_DEFAULT_PORT
+from ._tls_keys import TlsKeys
 from ._uri import NbdUri, format_address
 
 BACKLOG: Final = 128
@@ -54,6 +55,7 @@ class Listener:
     Attributes:
       address: ``host:port`` or a path, for messages.
       name: its ``LISTEN_FDNAMES`` entry when systemd opened it, else empty.
+      tls: whoever accepts clients here speaks TLS with these keys; None is plain NBD.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Listener:
         sock.setblocking(False)
         self.socket = trio.socket.from_stdlib_socket(sock)
         self.name = name
+        self.tls: TlsKeys | None = None
         self._socket_file = socket_file  # path, device and inode of what close() removes
         self._bound = sock.getsockname()
         self._family = sock.family
@@ -87,7 +90,21 @@ class Listener:
             return NbdUri(export=export, socket_path=os.fsdecode(self._bound))
         host, port = self._bound[0], self._bound[1]
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-        return NbdUri(export=export, host=loopback.get(host, host), port=port)
+        host = loopback.get(host, host)
+        if self.tls is None:
+            return NbdUri(export=export, host=host, port=port)
+        return NbdUri(
+            export=export,
+            host=host,
+            port=port,
+            tls=True,
+            user=self.tls.user,
+            tls_files=self.tls.client_files,
+        )
+
+    def fileno(self) -> int:
+        """The descriptor, for a process that accepts clients in our stead."""
+        return self.socket.fileno()
 
     async def accept(self) -> tuple[trio.socket.SocketType, object]:
         """Wait for a client; return its socket and address.

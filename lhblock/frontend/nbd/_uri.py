@@ -1,4 +1,7 @@
-"""NBD URIs, after ``doc/uri.md`` of the reference server, without the TLS schemes."""
+"""NBD URIs, after ``doc/uri.md`` of the reference server.
+
+With TLS they are only written, never read: no client of ours speaks TLS.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,38 @@ class NbdUri:
 
     Attributes:
       export: may be empty: the default export.
+      tls: over TCP, TLS is spoken.
+      user: whose pre-shared key is used; empty with certificates.
+      tls_files: parameter and path of what libnbd needs to trust, or be trusted by, the server.
     """
 
     export: str = ""
     host: str | None = None
     port: int = NBD_DEFAULT_PORT
     socket_path: str | None = None
+    tls: bool = False
+    user: str = ""
+    tls_files: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         assert (self.host is None) != (self.socket_path is None)
+        assert self.host is not None or not self.tls
+        assert self.tls or not (self.user or self.tls_files)
 
     def __str__(self) -> str:
         path = "/" + quote(self.export, safe=_PATH_SAFE)
         if self.socket_path is not None:
             return f"nbd+unix://{path}?socket={quote(self.socket_path, safe=_QUERY_SAFE)}"
         assert self.host is not None
-        return f"nbd://{format_address(self.host, self.port, omit_default=True)}{path}"
+        address = format_address(self.host, self.port, omit_default=True)
+        if not self.tls:
+            return f"nbd://{address}{path}"
+        user = f"{quote(self.user, safe='')}@" if self.user else ""
+        query = ""
+        if self.tls_files is not None:
+            parameter, file = self.tls_files
+            query = f"?{parameter}={quote(file, safe=_QUERY_SAFE)}"
+        return f"nbds://{user}{address}{path}{query}"
 
 
 def format_address(host: str, port: int, *, omit_default: bool = False) -> str:
