@@ -61,10 +61,8 @@ $(STAMPS)/venv: pyproject.toml constraints.txt setup.py | packages
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer found" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@echo "filling $(VENV)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
-	  setuptools wheel cffi
 	@LHB_NATIVE=no $(BIN)/python -m pip install -qq --disable-pip-version-check \
-	  -c constraints.txt --no-build-isolation -e '.[dev]'
+	  -c constraints.txt -e '.[dev]'
 	@touch $@
 
 venv: $(STAMPS)/venv  ## the virtual environment, from constraints.txt
