@@ -23,7 +23,6 @@ the layer that knows it: ``raise ReplicaIO(path, "cannot write its generation") 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 
 class LhblockError(Exception):
@@ -92,7 +91,7 @@ class ReplicaError(LhblockError):
 
     def __init__(self, replica: str | os.PathLike[str], sentence: str) -> None:
         super().__init__(f"replica {os.fspath(replica)}: {sentence}")
-        self.replica = Path(replica)
+        self.replica = os.fspath(replica)
         self.sentence = sentence
 
 

@@ -70,7 +70,7 @@ def agree(volume: str, members: Sequence[Member]) -> tuple[Member, list[Member]]
 
     Args:
       volume: its name, for messages.
-      members: open directories of one generation, at least one.
+      members: open replicas of one generation, at least one.
 
     Returns:
       The member whose head is right where heads differ, and those whose tree differs from the
@@ -85,9 +85,9 @@ def agree(volume: str, members: Sequence[Member]) -> tuple[Member, list[Member]]
     for behind in members:
         for ahead in members:
             if _finish_snapshot(behind, ahead):
-                log.warning("finished a snapshot that was cut short", replica=str(behind.path))
+                log.warning("finished a snapshot that was cut short", replica=behind.address)
             elif _undo_revert(behind, ahead):
-                log.warning("undid a revert that was cut short", replica=str(ahead.path))
+                log.warning("undid a revert that was cut short", replica=ahead.address)
                 source = behind
     groups: list[tuple[Shape, list[Member]]] = []
     for member in members:
@@ -103,7 +103,7 @@ def agree(volume: str, members: Sequence[Member]) -> tuple[Member, list[Member]]
     largest = max(groups, key=lambda group: len(group[1]))[1]
     if 2 * len(largest) <= len(members):
         held = "; ".join(
-            f"{', '.join(str(member.path) for member in group)}: {_describe(shape)}"
+            f"{', '.join(member.address for member in group)}: {_describe(shape)}"
             for shape, group in groups
         )
         raise VolumeFaulted(
@@ -116,7 +116,7 @@ def agree(volume: str, members: Sequence[Member]) -> tuple[Member, list[Member]]
 
 
 def _shape(member: Member) -> Shape:
-    return shape_of(member.directory.size_bytes, member.directory.disks)
+    return shape_of(member.records.size_bytes, member.records.disks)
 
 
 def _describe(shape: Shape) -> str:
@@ -127,13 +127,13 @@ def _describe(shape: Shape) -> str:
 
 def _agree_on_removals(members: Sequence[Member]) -> None:
     removed = {
-        disk.name for member in members for disk in member.directory.disks.values() if disk.removed
+        disk.name for member in members for disk in member.records.disks.values() if disk.removed
     }
     for member in members:
         for image in sorted(removed):
-            disk = member.directory.disks.get(image)
+            disk = member.records.disks.get(image)
             if disk is not None and not disk.removed:
-                member.directory.mark_removed(disk.snapshot)
+                member.mark_removed(disk.snapshot)
 
 
 def _finish_snapshot(behind: Member, ahead: Member) -> bool:
@@ -146,16 +146,8 @@ def _finish_snapshot(behind: Member, ahead: Member) -> bool:
     expected = {**old.parents, snapshot: old.parents[HEAD], HEAD: snapshot}
     if dict(new.parents) != expected or new.size_bytes < old.size_bytes:
         return False
-    disk = ahead.directory.disks[snapshot_image(snapshot)]
-    pending = behind.directory.prepare_snapshot(
-        snapshot,
-        user_created=disk.user_created,
-        created=disk.created,
-        labels=disk.labels,
-        size_bytes=new.size_bytes,
-    )
-    pending.commit()
-    pending.settle()
+    disk = ahead.records.disks[snapshot_image(snapshot)]
+    behind.finish_snapshot(disk, size_bytes=new.size_bytes)
     return True
 
 
@@ -168,12 +160,10 @@ def _undo_revert(behind: Member, ahead: Member) -> bool:
         return False
     if any(old.parents[snapshot] != new.parents[snapshot] for snapshot in old.snapshots):
         return False
-    if next_head(behind.directory.head.name) != ahead.directory.head.name:
+    if next_head(behind.records.head.name) != ahead.records.head.name:
         return False
     parent = old.parents[HEAD]
     if not parent:
         return False
-    pending = ahead.directory.prepare_revert(parent, created=utc_now())
-    pending.commit()
-    pending.settle()
+    ahead.undo_revert(parent, created=utc_now())
     return True

@@ -23,20 +23,20 @@ from lhblock._native import (
     EventType,
     NativeEngine,
     NativeVolume,
-    probe_fiemap,
 )
 from lhblock.engine._clock import utc_now
 from lhblock.engine._config import CacheMode
 from lhblock.engine._device import Connection, Device
 from lhblock.engine._engine import Engine
 from lhblock.engine._limits import SnapshotLimits
-from lhblock.engine._member import Member
+from lhblock.engine._local_member import LocalMember
+from lhblock.engine._member import MemberState
 from lhblock.engine._merge import Merger
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._snapshots import SnapshotTree
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import LhblockError, NativeError, NotServing, ReplicaError, VolumeFaulted
-from lhblock.replica import Disk, ReplicaDirectory, new_set
+from lhblock.replica import Disk, new_set
 
 log = structlog.get_logger(__name__)
 
@@ -99,16 +99,13 @@ class DrivenReplica(Device):
         engine: Engine,
         name: str,
         native: NativeVolume,
-        member: Member,
+        member: LocalMember,
         found: ReplicaFound,
         *,
-        store_flags: int,
         nursery: trio.Nursery,
     ) -> None:
         super().__init__(native, name=name, read_only=False, direct=False)
-        self._engine = engine
         self._member = member
-        self._store_flags = store_flags
         self._nursery = nursery
         self._changed_since_open = False
         self._replicas = ReplicaSet(
@@ -121,15 +118,13 @@ class DrivenReplica(Device):
         )
         self._tree = SnapshotTree(
             name,
-            engine.native,
             native,
             self._replicas,
-            store_flags=store_flags,
             limits=SnapshotLimits(),
             users=lambda: "",
             changed=self._tree_changed,
         )
-        self._merger = Merger(name, self._replicas, native, self._tree.lock, pinned=self._pinned)
+        self._merger = Merger(name, self._replicas, self._tree.lock, pinned=self._pinned)
         self.path = member.path
         self.found = found
 
@@ -182,7 +177,7 @@ class DrivenReplica(Device):
             name: ReplicaDisk(
                 disk,
                 tuple(child.name for child in directory.children(name)),
-                member.allocated_bytes(name),
+                member.layer_size(name).allocated_bytes,
             )
             for name, disk in directory.disks.items()
         }
@@ -227,18 +222,14 @@ class DrivenReplica(Device):
         Cancelled before I/O is frozen: nothing was done.
         """
         async with self._tree.lock:
-            directory = self._replicas.first.directory
+            directory = self._member.directory
             if directory.rebuilding:
                 await self._rearrange(lambda: directory.unlink_disk(image, force=True))
             elif not directory.children(image):
-                await run_metadata(self._unlink_leaf, image)
+                await run_metadata(self._member.remove_leaf, image)
             else:
                 await run_metadata(directory.mark_removed, image)
         self._tree_changed()
-
-    def _unlink_leaf(self, image: str) -> None:
-        self._member.drop_side_layers(self._native)
-        self._member.directory.unlink_disk(image)
 
     async def wait_merged(self) -> None:
         """As :meth:`Volume.wait_merged`."""
@@ -256,7 +247,7 @@ class DrivenReplica(Device):
         """
         async with self._tree.lock:
             await self._replicas.each(
-                lambda member: member.directory.set_rebuilding(rebuilding),
+                lambda member: member.set_rebuilding(rebuilding),
                 during="noting the rebuild",
             )
         self._tree_changed()
@@ -271,32 +262,33 @@ class DrivenReplica(Device):
         Cancelled before I/O is frozen: nothing was done.
         """
         async with self._tree.lock:
-            await self._rearrange(self._replicas.first.directory.reload)
+            await self._rearrange(self._member.directory.reload)
         self._tree_changed()
 
     async def _rearrange(self, change: Callable[[], None]) -> None:
         """Change which layers there are, and open them anew, with I/O frozen."""
-        member = self._replicas.first
+        member = self._member
         changed = False
 
-        def rearrange() -> Callable[[], None]:
+        def rearrange() -> None:
             nonlocal changed
             # The new store knows nothing of what the old one has not synced.
-            member.store.sync()
+            member.sync()
             change()
             changed = True
-            return member.swap_store(self._engine.native, self._store_flags).close
+            member.open_store()
 
-        await run_metadata(member.store.sync)
+        self._replicas.check()
+        await run_metadata(member.sync)
         with trio.CancelScope(shield=True):
             try:
                 async with self._replicas.frozen():
-                    close = await run_metadata(rearrange)
+                    await run_metadata(rearrange)
             except (LhblockError, OSError) as error:
                 if changed:
                     self._replicas.fault(f"its layers could not be opened anew: {error}")
                 raise
-            await run_metadata(close)
+            await run_metadata(member.release_replaced)
 
     def _pinned(self) -> frozenset[str]:
         directory = self._member.directory
@@ -371,7 +363,7 @@ async def open_driven(
     try:
         async with trio.open_nursery() as nursery:
             replica = DrivenReplica(
-                engine, name or path.name, native, member, found, store_flags=flags, nursery=nursery
+                engine, name or path.name, native, member, found, nursery=nursery
             )
             engine.add_device(replica)
             native_id = replica.native_id
@@ -397,9 +389,11 @@ async def open_driven(
 
 def _open(
     engine: NativeEngine, path: Path, flags: int
-) -> tuple[Member, NativeVolume, ReplicaFound]:
-    directory = ReplicaDirectory.open(path, unfinished=True, probe=lambda fd: -probe_fiemap(fd))
-    member = Member(path, directory)
+) -> tuple[LocalMember, NativeVolume, ReplicaFound]:
+    member = LocalMember(path, engine, flags)
+    member.open(unfinished=True)
+    member.state = MemberState.USABLE
+    directory = member.directory
     found = ReplicaFound(
         directory.was_dirty, directory.torn, directory.written_elsewhere, directory.cleaned
     )
@@ -415,7 +409,7 @@ def _open(
             )
             # Discards noted until now are gone; those noted from now on count.
             directory.note_repaired()
-        member.open_store(engine, flags)
+        member.open_store()
         native = NativeVolume(engine, directory.size_bytes, 0)
     except BaseException:
         member.close(clean=not found.was_dirty)
@@ -423,16 +417,11 @@ def _open(
     return member, native, found
 
 
-def _close(member: Member, failed: bool) -> None:
-    clean = not failed
+def _close(member: LocalMember, failed: bool) -> None:
     try:
-        if clean:
-            member.drop_side_layers(None)
-            member.store.sync()
-    except NativeError as error:
-        clean = False
-        log.error("sync", replica=str(member.path), reason=str(error))
-    try:
-        member.close(clean=clean)
-    except (ReplicaError, OSError) as error:
+        if failed:
+            member.close(clean=False)
+        else:
+            member.close_synced()
+    except (ReplicaError, NativeError, OSError) as error:
         log.error("close", replica=str(member.path), reason=str(error))

@@ -45,7 +45,8 @@ class CopyPlan:
 def plan_copy(source: Member, target: Member, image: str) -> CopyPlan:
     """Look at both files. Blocking."""
     theirs, ours = source.occupied_units(image), target.occupied_units(image)
-    size_bytes = source.image_bytes(image)
+    sizes, our_sizes = source.layer_sizes(), target.layer_sizes()
+    size_bytes = sizes[image].image_bytes
     wanted = sorted(offset for offset in {*theirs, *ours} if offset < size_bytes)
     checksum = source.checksum(image)
     return CopyPlan(
@@ -54,7 +55,7 @@ def plan_copy(source: Member, target: Member, image: str) -> CopyPlan:
         size_bytes=size_bytes,
         same_data=bool(checksum)
         and checksum == target.checksum(image)
-        and target.image_bytes(image) == size_bytes,
+        and our_sizes[image].image_bytes == size_bytes,
     )
 
 
@@ -168,10 +169,10 @@ class LayerCopy:
             )
 
     def _same_shape(self, unit: NativeUnit, offset: int) -> bool:
-        shapes: list[int] = []
-        for member in (self._source, self._target):
-            member.read_unit(self._image, offset, unit)
-            shapes.append(unit.hash(shape_only=True))
+        shapes = [
+            member.hash_unit(self._image, offset, unit, shape_only=True)
+            for member in (self._source, self._target)
+        ]
         return shapes[0] == shapes[1]
 
     def _note(self, before_bytes: int, note: Callable[[int], None]) -> None:
@@ -214,13 +215,11 @@ class LayerCopy:
         for offset in batch:
             wanted = self._hashes.get(offset)
             if wanted is None:
-                self._source.read_unit(self._image, offset, unit)
-                wanted = unit.hash()
-            self._target.read_unit(self._image, offset, unit)
-            found = unit.hash()
+                wanted = self._source.hash_unit(self._image, offset, unit)
+            found = self._target.hash_unit(self._image, offset, unit)
             if found != wanted:
                 raise ReplicaDamaged(
-                    self._target.path,
+                    self._target.address,
                     f"{self._image} at {offset} has hash {found:016x} after it was copied, not "
                     f"{wanted:016x}; check the disk",
                 )

@@ -1,30 +1,27 @@
-"""One replica of an open volume: its directory and its store.
+"""One replica of an open volume, as the engine sees it: wherever it is.
 
-Methods here are blocking and know nothing of other replicas; the replica set runs them in threads.
-A member's layers are addressed by image name in Python and by id in C; the table between the two
-lives here and changes only under the volume's structure lock.
+Everything the engine wants of a replica is a method here, and its arguments could go over a wire:
+names of layers, records, numbers, and a unit of data. What they become is the member's own
+business; :mod:`lhblock.engine._local_member` has a directory of this host. Methods that block say
+so; the replica set runs them in threads. None knows of other replicas.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
 
-from lhblock._native import UNIT_BYTES, NativeEngine, NativeStore, NativeUnit, NativeVolume
+from lhblock._native import Extent, NativePeer, NativeStore, NativeUnit, NativeVolume
+from lhblock.engine._alignment import Alignment
 from lhblock.engine._limits import SnapshotUsage
-from lhblock.engine._occupied import occupied_steps
-from lhblock.errors import NativeError, ReplicaError, ReplicaIO
-from lhblock.replica import (
-    Disk,
-    Generation,
-    LayerStamp,
-    PendingHead,
-    ReplicaDirectory,
-    valid_checksum,
-)
+from lhblock.errors import ReplicaError
+from lhblock.replica import ChecksumRecord, Disk, Generation, LayerStamp, RebuildProgress
+
+Store: TypeAlias = NativeStore | NativePeer
+MergeKind: TypeAlias = Literal["prune", "merge-up", "merge-down"]
 
 
 class MemberState(Enum):
@@ -41,279 +38,505 @@ class MemberState(Enum):
     LEFT = "left"
 
 
-class Member:
+class Records(Protocol):
+    """What an open replica's metadata say. ``ReplicaDirectory`` is one and tells the meaning."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def encrypted(self) -> bool: ...
+    @property
+    def rebuilding(self) -> bool: ...
+    @property
+    def disks(self) -> Mapping[str, Disk]: ...
+    @property
+    def chain(self) -> tuple[Disk, ...]: ...
+    @property
+    def head(self) -> Disk: ...
+    @property
+    def generation(self) -> Generation | None: ...
+    @property
+    def was_dirty(self) -> bool: ...
+    @property
+    def torn(self) -> bool: ...
+    @property
+    def written_elsewhere(self) -> str: ...
+    @property
+    def cleaned(self) -> tuple[str, ...]: ...
+
+    def children(self, name: str) -> tuple[Disk, ...]: ...
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """A layer's file.
+
+    Attributes:
+      image_bytes: apparent size: the volume's when it was the head.
+      allocated_bytes: space it takes.
+    """
+
+    image_bytes: int
+    allocated_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """A layer that is not what its checksum record says.
+
+    Attributes:
+      record: what it should be.
+      found: the checksum of what is there.
+    """
+
+    record: ChecksumRecord
+    found: str
+
+
+class Member(ABC):
     """One replica of an open volume.
 
     Attributes:
-      path: the directory, as configured.
-      state: see :class:`MemberState`; only the replica set changes it.
+      address: what messages call it, and what the user configured.
+      name: the short form of it, for a history that has little room.
+      state: see :class:`MemberState`; only the replica set and the opening change it.
       error: why it is not usable; "" otherwise.
       dropped_by_core: C reported the failure and holds acknowledgements for the fence.
-      layers: image name to layer id, side layers included.
-      side_images: those of ``layers`` that are not in the live chain.
-      epoch: changes when layer ids become void, because the store was opened anew.
     """
 
-    def __init__(self, path: Path, directory: ReplicaDirectory | None, error: str = "") -> None:
-        self._directory = directory
-        self._store: NativeStore | None = None
-        self.path = path
-        self.state = MemberState.LEFT if directory is None else MemberState.USABLE
-        self.error = error
+    def __init__(self, address: str, name: str) -> None:
+        self.address = address
+        self.name = name
+        self.state = MemberState.LEFT
+        self.error = ""
         self.dropped_by_core = False
-        self.layers: dict[str, int] = {}
-        self.side_images: set[str] = set()
-        self.epoch = 0
         self._last_counter = 0
 
-    @property
-    def directory(self) -> ReplicaDirectory:
-        """The open directory; only for members that were let in."""
-        assert self._directory is not None, self.path
-        return self._directory
+    # ---- What is known of it without asking.
 
     @property
-    def store(self) -> NativeStore:
-        """The open store; only for members that were let in."""
-        assert self._store is not None, self.path
-        return self._store
-
-    @property
+    @abstractmethod
     def opened(self) -> bool:
-        """Whether the directory is open."""
-        return self._directory is not None
+        """Whether it is open."""
 
     @property
+    @abstractmethod
+    def records(self) -> Records:
+        """Its metadata as they are now; only while it is open."""
+
+    @property
+    @abstractmethod
     def has_store(self) -> bool:
-        """Whether the store is open."""
-        return self._store is not None
+        """Whether it is open for sector I/O."""
+
+    @property
+    @abstractmethod
+    def store(self) -> Store:
+        """What a volume publishes; only while there is one."""
 
     @property
     def generation(self) -> Generation:
         """What an open member knows of the volume; every member that takes part has one."""
-        generation = self.directory.generation
-        assert generation is not None, self.path
+        generation = self.records.generation
+        assert generation is not None, self.address
         return generation
 
     @property
     def generation_counter(self) -> int:
         """Counter of the newest generation the replica is known to hold; 0 if unknown."""
-        if self._directory is not None and self._directory.generation is not None:
-            self._last_counter = self._directory.generation.counter
+        if self.opened and self.records.generation is not None:
+            self._last_counter = self.records.generation.counter
         return self._last_counter
 
+    @abstractmethod
+    def layer_size(self, image: str) -> LayerSize:
+        """The size of a layer as far as it is known here; does not wait for another host.
+
+        Raises:
+          ReplicaError: there is no such layer (any more).
+        """
+
+    @property
+    @abstractmethod
+    def switched(self) -> bool:
+        """Whether the head that was prepared last may be the head on its disk."""
+
+    # ---- Opening and closing. All blocking.
+
+    @abstractmethod
+    def open(self, *, read_only: bool = False) -> None:
+        """Lock it, check it, clean it up; it has no store yet.
+
+        Raises:
+          ReplicaError: it cannot be used; it is as it was.
+        """
+
+    @abstractmethod
+    def make_target(self, like: Generation, *, size_bytes: int, encrypted: bool) -> None:
+        """Make a replica that is to be rebuilt, marked, if there is none yet. Not open.
+
+        Args:
+          like: generation of a replica of the volume.
+
+        Raises:
+          ReplicaError: it cannot be made, or something else is there.
+        """
+
+    @abstractmethod
+    def open_target(
+        self, like: Generation, *, size_bytes: int, others: Sequence[str], force: bool
+    ) -> None:
+        """Open it for a rebuild, and mark it, durably, so that nobody believes it.
+
+        Args:
+          like: generation of a replica that is complete.
+          size_bytes: of the volume.
+          others: replica ids that the volume uses.
+          force: also take one that is not the volume's, or has writes that the others have not;
+            they are lost.
+
+        Raises:
+          ReplicaForeign, ReplicaStale: it must not be touched; it is as it was.
+          ReplicaError: it cannot be opened, or marked.
+        """
+
+    @abstractmethod
+    def open_store(self, *, write_only: bool = False) -> None:
+        """Open the live chain for sector I/O: reads every extent map.
+
+        Raises:
+          NativeError, ReplicaError: nothing is left open.
+        """
+
+    @abstractmethod
+    def reopen_store(self) -> None:
+        """Open the chain anew, because layers were written under it. Nothing serves it."""
+
+    @abstractmethod
+    def open_view(self, images: Sequence[str], size_bytes: int) -> Store:
+        """Open some layers, oldest first, to be read; the caller closes what it gets.
+
+        Raises:
+          NativeError, ReplicaError: nothing is left open.
+        """
+
+    @abstractmethod
+    def serve(self, volume: NativeVolume | None) -> None:
+        """Tell whether a volume publishes the store, and which. Does not block."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Put everything written so far on stable storage.
+
+        Raises:
+          NativeError, ReplicaError: it may not be there.
+        """
+
+    @abstractmethod
+    def close(self, *, clean: bool) -> None:
+        """Close it; nothing publishes the store any more. Harmless when closed.
+
+        Raises:
+          ReplicaError: it counts as dirty.
+        """
+
+    @abstractmethod
+    def close_synced(self) -> None:
+        """Close it cleanly, if all it has can be put on stable storage; else dirty.
+
+        Raises:
+          NativeError, ReplicaError: it counts as dirty.
+        """
+
     def leave(self, reason: str) -> None:
-        """Not to be used: close what is open and remember why. Blocking.
+        """Not to be used: close what is open and remember why.
 
         For members that never took part since the volume was opened.
         """
         self._last_counter = self.generation_counter
         self.state = MemberState.LEFT
         self.error = reason
-        was_dirty = self._directory is not None and self._directory.was_dirty
+        was_dirty = self.opened and self.records.was_dirty
         # With a store it may have been made equal halfway: nobody may believe it without comparing.
         self.close(clean=not was_dirty and not self.has_store)
 
-    def open_store(self, engine: NativeEngine, flags: int) -> None:
-        """Open the live chain for sector I/O. Blocking: reads every extent map.
+    # ---- What it knows of the volume. All blocking, durable when they return.
+
+    @abstractmethod
+    def write_generation(self, generation: Generation) -> None:
+        """See ``ReplicaDirectory.write_generation``."""
+
+    @abstractmethod
+    def note_repaired(self) -> None:
+        """See ``ReplicaDirectory.note_repaired``."""
+
+    @abstractmethod
+    def set_rebuilding(self, rebuilding: bool) -> None:
+        """See ``ReplicaDirectory.set_rebuilding``."""
+
+    # ---- The tree. All blocking.
+
+    def usage(self) -> SnapshotUsage:
+        """Count disks and allocated bytes for the limits."""
+        records, sizes = self.records, self.layer_sizes()
+        chain = [disk for disk in records.chain[:-1] if not disk.removed]
+        head = records.head.name
+        return SnapshotUsage(
+            count=sum(not disk.removed for disk in records.disks.values() if disk.name != head),
+            total=len(records.disks),
+            chain_bytes=sum(sizes[disk.name].allocated_bytes for disk in chain),
+            head_bytes=sizes[head].allocated_bytes,
+        )
+
+    @abstractmethod
+    def layer_sizes(self) -> Mapping[str, LayerSize]:
+        """Sizes of all layers, by image name."""
+
+    @abstractmethod
+    def mark_removed(self, snapshot: str) -> None:
+        """See ``ReplicaDirectory.mark_removed``."""
+
+    @abstractmethod
+    def finish_snapshot(self, disk: Disk, *, size_bytes: int) -> None:
+        """Take a snapshot that others have, while there is no store; durable when it returns."""
+
+    @abstractmethod
+    def undo_revert(self, snapshot: str, *, created: str) -> None:
+        """Have an empty head on a snapshot, while there is no store; durable when it returns."""
+
+    @abstractmethod
+    def prepare_snapshot(
+        self,
+        snapshot: str,
+        *,
+        user_created: bool,
+        created: str,
+        labels: Mapping[str, str],
+        size_bytes: int | None,
+    ) -> None:
+        """Sync what there is, and make the next head ready, while I/O goes on.
 
         Raises:
-          NativeError: nothing is left open.
+          LhblockError: nothing is left of it.
         """
-        self._store, self.layers = open_chain(
-            engine, self.directory, self.directory.chain, self.directory.size_bytes, flags
-        )
-        self.side_images = set()
-        self.epoch += 1
 
-    # ---- Units of frozen layers, for a rebuild.
+    @abstractmethod
+    def commit_snapshot(self, size_bytes: int) -> None:
+        """Make the head that was prepared the head. I/O is frozen. Not durable yet.
 
+        Raises:
+          LhblockError: :attr:`switched` says whether that may have happened on its disk.
+        """
+
+    @abstractmethod
+    def settle_snapshot(self) -> None:
+        """Put the snapshot's data, and then its name, on stable storage.
+
+        Raises:
+          LhblockError: one of both may not be there.
+        """
+
+    @abstractmethod
+    def prepare_revert(self, snapshot: str, *, created: str) -> None:
+        """Make an empty head on a snapshot ready.
+
+        Raises:
+          LhblockError: nothing is left of it.
+        """
+
+    @abstractmethod
+    def commit_revert(self) -> None:
+        """Make the head that was prepared the head, durably, and open the chain anew.
+
+        I/O is frozen. :meth:`release_replaced` follows when the new store is published.
+
+        Raises:
+          LhblockError: :attr:`switched` says whether that may have happened on its disk.
+        """
+
+    @abstractmethod
+    def abandon_head(self) -> None:
+        """Remove a head that was prepared and is not :attr:`switched`; harmless otherwise.
+
+        Raises:
+          LhblockError: something is left of it; the next open removes it.
+        """
+
+    @abstractmethod
+    def release_replaced(self) -> None:
+        """Close the store that another one has taken the place of; it is not published now."""
+
+    # ---- Removed layers are merged away, a step at a time. All blocking.
+
+    @abstractmethod
+    def remove_leaf(self, image: str) -> None:
+        """Delete a removed layer without children. It can be begun again."""
+
+    @abstractmethod
+    def begin_merge(self, lower: str, upper: str) -> int:
+        """Make a removed layer and its only child ready for the calls below.
+
+        Returns:
+          A number that they take: when it is out of date, layers were opened anew, and the calls
+          do nothing and return False.
+        """
+
+    @abstractmethod
+    def merge_offsets(self, image: str) -> Sequence[int]:
+        """Begins of the steps in which a frozen layer has anything."""
+
+    @abstractmethod
+    def merge_step(
+        self, kind: MergeKind, lower: str, upper: str, offset_bytes: int, token: int
+    ) -> bool:
+        """One step of a walk; it can be begun again."""
+
+    @abstractmethod
+    def finish_merge(self, kind: MergeKind, lower: str, upper: str, token: int) -> bool:
+        """After all steps: delete ``lower``, or let ``upper`` have its file."""
+
+    # ---- Checksums. All blocking.
+
+    @abstractmethod
+    def checksum(self, image: str) -> str:
+        """The recorded checksum of a layer's data; "" when there is none that counts."""
+
+    @abstractmethod
+    def hash_layer(self, image: str, *, rehash: bool) -> None:
+        """Record the checksum of a frozen layer; see ``hash_image``."""
+
+    @abstractmethod
+    def verify_layer(self, image: str) -> ChecksumRecord | LayerDamage | None:
+        """The record if it is right; the damage if not, which is then recorded; None if there is
+        no record that counts."""
+
+    @abstractmethod
+    def layer_extents(self, image: str) -> Sequence[Extent]:
+        """Data extents of a layer's file, in order."""
+
+    @abstractmethod
+    def read_layer(self, image: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """Read a layer's file; shorter at its end."""
+
+    @abstractmethod
+    def begin_repair(self, image: str) -> None:
+        """Make sure that a damaged layer is still what its checksum record was made of.
+
+        Raises:
+          ReplicaIO: it was changed meanwhile.
+        """
+
+    @abstractmethod
+    def repair_layer(self, image: str, offset_bytes: int, data: bytes) -> None:
+        """Write what differs into the file of a layer that is marked as damaged, in place."""
+
+    @abstractmethod
+    def finish_repair(self, image: str, record: ChecksumRecord) -> None:
+        """Sync a layer that was repaired, and take the mark away if it has its checksum.
+
+        Raises:
+          ReplicaIO: it has not.
+        """
+
+    # ---- Rebuilding: it becomes another replica's. All blocking.
+
+    @abstractmethod
+    def align(
+        self,
+        plan: Alignment,
+        source: Mapping[str, Disk],
+        *,
+        newest: str,
+        sizes: Mapping[str, int],
+        size_bytes: int,
+        created: str,
+    ) -> None:
+        """See :func:`lhblock.engine._alignment.align`."""
+
+    @abstractmethod
     def layer_stamp(self, image: str) -> LayerStamp:
         """What changes when anybody writes to a frozen layer's file."""
-        return LayerStamp.of(self._stat(image))
 
-    def occupied_units(self, image: str) -> list[int]:
-        """Offsets of the units in which a frozen layer has data or discards. Blocking."""
-        with self._doing("read", image):
-            return occupied_steps(self.directory.dir_fd, image, UNIT_BYTES)
+    @abstractmethod
+    def occupied_units(self, image: str) -> Sequence[int]:
+        """Offsets of the units in which a frozen layer has data or discards."""
 
-    def checksum(self, image: str) -> str:
-        """The recorded checksum of a layer's data; "" when there is none that counts. Blocking."""
-        with self._doing("read", image):
-            record = valid_checksum(self.directory.dir_fd, image)
-        return "" if record is None or record.silently_corrupted else record.checksum
-
+    @abstractmethod
     def open_units(self, image: str) -> None:
-        """Make a frozen layer ready for the calls below. Blocking."""
-        self.side_layer(image)
+        """Make a frozen layer ready for the calls below."""
 
+    @abstractmethod
     def begin_units(self, image: str, size_bytes: int) -> None:
-        """Make a frozen layer ready to be written, and this long. Blocking."""
-        with self._doing("prepare", image):
-            self.store.begin_units(self.layers[image], size_bytes)
+        """Make a frozen layer ready to be written, and this long."""
 
+    @abstractmethod
     def read_unit(self, image: str, offset_bytes: int, unit: NativeUnit) -> None:
-        """Read a unit of a frozen layer. Blocking; several threads may."""
-        with self._doing("read", image):
-            self.store.read_unit(self.layers[image], offset_bytes, unit)
+        """Read a unit of a frozen layer. Several threads may."""
 
+    @abstractmethod
+    def hash_unit(
+        self, image: str, offset_bytes: int, unit: NativeUnit, *, shape_only: bool = False
+    ) -> int:
+        """Hash of a unit of a frozen layer. Several threads may.
+
+        Args:
+          unit: memory to work with.
+        """
+
+    @abstractmethod
     def write_unit(self, image: str, offset_bytes: int, unit: NativeUnit, *, empty: bool) -> int:
-        """Make a frozen layer equal to a unit; return the bytes that changed. Blocking; several
-        threads may, with different units.
+        """Make a frozen layer equal to a unit; return the bytes that changed. Several threads may,
+        with different units.
 
         Args:
           empty: the layer is known to have no data there.
         """
-        with self._doing("write", image):
-            return self.store.write_unit(self.layers[image], offset_bytes, unit, empty=empty)
 
+    @abstractmethod
     def sync_units(self, image: str) -> None:
-        """Put what was written to a frozen layer on stable storage. Blocking."""
-        with self._doing("sync", image):
-            self.store.sync_units(self.layers[image])
+        """Put what was written to a frozen layer on stable storage."""
 
-    @contextmanager
-    def _doing(self, what: str, image: str) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, NativeError) as error:
-            raise ReplicaIO(self.path, f"cannot {what} {image}: {sentence(error)}") from error
+    @abstractmethod
+    def make_equal(self, image: str, source: Member, source_image: str) -> int:
+        """Make any layer, the head too, equal to one of another replica; neither serves.
 
-    def take_up(self, directory: ReplicaDirectory) -> None:
-        """Have a directory, opened for a rebuild. It has none yet."""
-        assert self._directory is None
-        self._directory = directory
+        Returns:
+          Bytes changed. :meth:`reopen_store` must follow.
+        """
 
-    def begin_promotion(
-        self, engine: NativeEngine, flags: int
-    ) -> tuple[NativeStore, dict[str, int]]:
+    @abstractmethod
+    def read_progress(self) -> RebuildProgress:
+        """See ``ReplicaDirectory.read_progress``."""
+
+    @abstractmethod
+    def write_progress(self, progress: RebuildProgress) -> None:
+        """See ``ReplicaDirectory.write_progress``."""
+
+    @abstractmethod
+    def forget_progress(self) -> None:
+        """See ``ReplicaDirectory.forget_progress``."""
+
+    @abstractmethod
+    def prepare_promotion(self) -> None:
         """Open the complete chain beside the store that is written, but for its start.
 
-        Blocking: reads the extent maps of the layers below the head.
-
         Raises:
-          NativeError: nothing is left open.
+          NativeError, ReplicaError: nothing is left of it.
         """
-        store = NativeStore(engine, self.directory.dir_fd, self.directory.size_bytes, flags)
-        try:
-            layers = {
-                disk.name: store.add_layer(disk.name, ReplicaDirectory.discard_name(disk.name))
-                for disk in self.directory.chain
-            }
-        except BaseException:
-            store.close()
-            raise
-        return store, layers
 
-    def end_promotion(self, store: NativeStore, layers: dict[str, int]) -> NativeStore:
-        """Use the store from now on; return the old one, which the caller closes."""
-        old, self._store = self.store, store
-        self.layers = layers
-        self.side_images = set()
-        self.epoch += 1
-        return old
+    @abstractmethod
+    def start_promotion(self) -> None:
+        """Sync what was written, and let what was prepared see it. I/O is frozen."""
 
-    def swap_store(self, engine: NativeEngine, flags: int) -> NativeStore:
-        """Open the chain anew, after a revert; return the old store, which the caller closes."""
-        old = self.store
-        self.open_store(engine, flags)
-        return old
+    @abstractmethod
+    def finish_promotion(self) -> None:
+        """Have that store from now on; :meth:`release_replaced` follows. Never fails."""
 
-    def prepare_head(self, pending: PendingHead) -> None:
-        """Tell the store about the next head. Undoes the directory's half when it fails."""
-        try:
-            self.store.prepare_head(pending.image, pending.discard)
-        except BaseException:
-            pending.abort()
-            raise
-
-    def head_switched(self, old_image: str, new_id: int) -> None:
-        """Rename the frozen head in the table and enter the new one."""
-        head = self.directory.head
-        frozen_id = self.layers.pop(old_image)
-        self.layers[head.parent] = frozen_id
-        self.layers[head.name] = new_id
-        self.store.rename_discard(frozen_id, ReplicaDirectory.discard_name(head.parent))
-
-    def usage(self) -> SnapshotUsage:
-        """Count disks and allocated bytes for the limits."""
-        directory = self.directory
-        chain = [disk for disk in directory.chain[:-1] if not disk.removed]
-        head = directory.head.name
-        return SnapshotUsage(
-            count=sum(not disk.removed for disk in directory.disks.values() if disk.name != head),
-            total=len(directory.disks),
-            chain_bytes=sum(self.allocated_bytes(disk.name) for disk in chain),
-            head_bytes=self.allocated_bytes(head),
-        )
-
-    def allocated_bytes(self, image: str) -> int:
-        """Space a layer takes."""
-        return self._stat(image).st_blocks * 512
-
-    def image_bytes(self, image: str) -> int:
-        """Apparent size of a layer: the volume's size when it was the head."""
-        return self._stat(image).st_size
-
-    def modified_ns(self, image: str) -> int:
-        """When a layer's file was last written, in nanoseconds since the epoch."""
-        return self._stat(image).st_mtime_ns
-
-    def _stat(self, image: str) -> os.stat_result:
-        try:
-            return os.stat(image, dir_fd=self.directory.dir_fd, follow_symlinks=False)
-        except OSError as error:
-            raise ReplicaIO(self.path, f"cannot look at {image}: {error.strerror}") from error
-
-    def side_layer(self, image: str) -> int:
-        """Id of a layer, opening it beside the live chain if it is not in it."""
-        if image not in self.layers:
-            discard = ReplicaDirectory.discard_name(image)
-            self.layers[image] = self.store.add_side_layer(image, discard)
-            self.side_images.add(image)
-        return self.layers[image]
-
-    def drop_side_layers(self, volume: NativeVolume | None) -> None:
-        """Close every layer that is not in the live chain."""
-        for image in sorted(self.side_images):
-            self.store.drop_layer(volume, self.layers.pop(image))
-        self.side_images = set()
-
-    def close(self, *, clean: bool) -> None:
-        """Close the store and the directory. The volume does not publish the store any more."""
-        store, self._store = self._store, None
-        directory, self._directory = self._directory, None
-        try:
-            if store is not None:
-                store.close()
-        finally:
-            if directory is not None:
-                directory.close(clean=clean)
-
-
-def open_chain(
-    engine: NativeEngine,
-    directory: ReplicaDirectory,
-    chain: tuple[Disk, ...],
-    size_bytes: int,
-    flags: int,
-) -> tuple[NativeStore, dict[str, int]]:
-    """Open layers, oldest first, as one store; return it and its layer ids. Blocking.
-
-    Raises:
-      NativeError: nothing is left open.
-    """
-    store = NativeStore(engine, directory.dir_fd, size_bytes, flags)
-    try:
-        layers = {
-            disk.name: store.add_layer(disk.name, ReplicaDirectory.discard_name(disk.name))
-            for disk in chain
-        }
-        store.start()
-    except BaseException:
-        store.close()
-        raise
-    return store, layers
+    @abstractmethod
+    def abandon_promotion(self) -> None:
+        """Forget what was prepared; harmless when nothing is."""
 
 
 def sentence(error: BaseException) -> str:

@@ -11,15 +11,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Literal
 
 import structlog
 import trio
 
-from lhblock._native import MERGE_STEP_BYTES, NativeVolume
+from lhblock._native import MERGE_STEP_BYTES
 from lhblock.engine._info import JobInfo
-from lhblock.engine._member import Member, MemberState, sentence
-from lhblock.engine._occupied import occupied_steps
+from lhblock.engine._member import Member, MemberState, MergeKind, sentence
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import LhblockError, NativeError, VolumeError
@@ -96,17 +94,17 @@ def unlink_removed_leaves(member: Member) -> None:
     Raises:
       ReplicaError: the deletion can be begun again.
     """
-    directory = member.directory
     while True:
+        records = member.records
         leaves = [
             disk.name
-            for disk in directory.disks.values()
-            if disk.removed and not directory.children(disk.name)
+            for disk in records.disks.values()
+            if disk.removed and not records.children(disk.name)
         ]
         if not leaves:
             return
         for leaf in leaves:
-            directory.unlink_disk(leaf)
+            member.remove_leaf(leaf)
 
 
 def merge_all_below(member: Member, upper: str) -> None:
@@ -119,20 +117,17 @@ def merge_all_below(member: Member, upper: str) -> None:
     Raises:
       NativeError, ReplicaError: the merge can be begun again.
     """
-    directory = member.directory
     while True:
-        lower = directory.disks[upper].parent
-        if not lower or not directory.disks[lower].removed:
+        records = member.records
+        lower = records.disks[upper].parent
+        if not lower or not records.disks[lower].removed:
             return
-        if len(directory.children(lower)) > 1:
+        if len(records.children(lower)) > 1:
             return  # several branches want it, on every replica: it was merged nowhere
-        total_bytes = max(member.image_bytes(lower), member.image_bytes(upper))
-        lower_id, upper_id = member.layers[lower], member.layers[upper]
-        for begin in occupied_steps(directory.dir_fd, lower):
-            length = min(MERGE_STEP_BYTES, total_bytes - begin)
-            member.store.merge_up(None, lower_id, upper_id, begin, length)
-        member.store.drop_layer(None, member.layers.pop(lower))
-        directory.unlink_disk(lower)
+        token = member.begin_merge(lower, upper)
+        for offset_bytes in member.merge_offsets(lower):
+            member.merge_step("merge-up", lower, upper, offset_bytes, token)
+        member.finish_merge("merge-up", lower, upper, token)
 
 
 class Merger:
@@ -141,7 +136,6 @@ class Merger:
     Args:
       name: the volume's, for messages.
       replicas: whose usable members are walked.
-      native: the volume, for the range locks of a merge into the head.
       lock: the structure lock, taken for each step and never for longer.
       pinned: images that open views read.
     """
@@ -150,14 +144,12 @@ class Merger:
         self,
         name: str,
         replicas: ReplicaSet,
-        native: NativeVolume,
         lock: trio.Lock,
         *,
         pinned: Callable[[], Set[str]],
     ) -> None:
         self._name = name
         self._replicas = replicas
-        self._native = native
         self._lock = lock
         self._pinned = pinned
         self._wake = trio.Event()
@@ -217,10 +209,9 @@ class Merger:
         skipped: set[str] = set()
         try:
             while member.state is MemberState.USABLE:
-                directory = member.directory
                 merge = next_merge(
-                    dict(directory.disks),
-                    directory.head.name,
+                    dict(member.records.disks),
+                    member.records.head.name,
                     pinned=self._pinned(),
                     skipped=skipped,
                 )
@@ -235,8 +226,8 @@ class Merger:
             await self._failed(member, error)
 
     async def _failed(self, member: Member, error: LhblockError | OSError) -> None:
-        reason = f"merging a removed snapshot failed on {member.path}: {sentence(error)}"
-        log.error("merge failed", volume=self._name, replica=str(member.path), reason=reason)
+        reason = f"merging a removed snapshot failed on {member.address}: {sentence(error)}"
+        log.error("merge failed", volume=self._name, replica=member.address, reason=reason)
         self._error = reason
         full = isinstance(error, NativeError | OSError) and error.errno == errno.ENOSPC
         if not full and self._replicas.note_failure(member, reason):
@@ -245,7 +236,7 @@ class Merger:
     async def _carry_out(self, member: Member, merge: Merge) -> bool:
         """Do one merge. False: it has to wait, and others may be tried."""
         if not merge.upper:
-            return await self._step(member, merge, lambda: self._unlink_leaf(member, merge))
+            return await self._step(member, merge, lambda: member.remove_leaf(merge.lower))
         walk = _Walk(self, member, merge)
         if not (await walk.begin() and await walk.all_steps("prune")):
             return True  # the tree changed under it: look again
@@ -254,7 +245,7 @@ class Merger:
             log.info(
                 "a removed snapshot waits for the next snapshot",
                 volume=self._name,
-                replica=str(member.path),
+                replica=member.address,
                 image=merge.lower,
                 allocated_bytes=lower_bytes,
             )
@@ -262,14 +253,10 @@ class Merger:
         # Whichever has less is copied.
         if merge.into_head or lower_bytes <= upper_bytes:
             if await walk.all_steps("merge-up"):
-                await walk.finish_up()
+                await walk.finish("merge-up")
         elif await walk.all_steps("merge-down"):
-            await walk.finish_down()
+            await walk.finish("merge-down")
         return True
-
-    def _unlink_leaf(self, member: Member, merge: Merge) -> None:
-        member.drop_side_layers(self._native)
-        member.directory.unlink_disk(merge.lower)
 
     async def _step(self, member: Member, merge: Merge, function: Callable[[], object]) -> bool:
         """Run a blocking step under the structure lock if ``merge`` is still right."""
@@ -282,11 +269,11 @@ class Merger:
     def _still_right(self, member: Member, merge: Merge) -> bool:
         if member.state is not MemberState.USABLE:
             return False
-        directory = member.directory
-        lower = directory.disks.get(merge.lower)
+        records = member.records
+        lower = records.disks.get(merge.lower)
         if lower is None or not lower.removed:
             return False
-        children = tuple(child.name for child in directory.children(merge.lower))
+        children = tuple(child.name for child in records.children(merge.lower))
         if children != ((merge.upper,) if merge.upper else ()):
             return False
         return not {merge.lower, merge.upper} & self._pinned()
@@ -299,22 +286,14 @@ class _Walk:
         self._merger = merger
         self._member = member
         self._merge = merge
-        self._epoch = member.epoch
-        self._lower = 0
-        self._upper = 0
-        self._total_bytes = 0
+        self._token = 0
 
     async def begin(self) -> bool:
         """Open layers that are not in the live chain and measure the pair. False: not any more."""
         member, merge = self._member, self._merge
 
         def begin() -> None:
-            self._epoch = member.epoch
-            self._lower = member.side_layer(merge.lower)
-            self._upper = member.side_layer(merge.upper)
-            self._total_bytes = max(
-                member.image_bytes(merge.lower), member.image_bytes(merge.upper)
-            )
+            self._token = member.begin_merge(merge.lower, merge.upper)
 
         return await self._merger._step(member, merge, begin)
 
@@ -322,86 +301,51 @@ class _Walk:
         """Allocated bytes of the lower and the upper layer."""
         member, merge = self._member, self._merge
 
-        def measure() -> tuple[int, int]:
-            return member.allocated_bytes(merge.lower), member.allocated_bytes(merge.upper)
+        sizes = await run_metadata(member.layer_sizes)
+        return sizes[merge.lower].allocated_bytes, sizes[merge.upper].allocated_bytes
 
-        return await run_metadata(measure)
-
-    async def all_steps(self, kind: Literal["prune", "merge-up", "merge-down"]) -> bool:
+    async def all_steps(self, kind: MergeKind) -> bool:
         """Walk the whole range. False: the pair is no longer what it was."""
-        store, native = self._member.store, self._merger._native
-        lower, upper = self._lower, self._upper
-        moved = self._merge.upper if kind == "merge-down" else self._merge.lower
+        member, merge = self._member, self._merge
+        moved = merge.upper if kind == "merge-down" else merge.lower
         begins: list[int] = []
-        if not await self._step(lambda: begins.extend(self._occupied(moved))):
+
+        def look() -> bool:
+            begins.extend(member.merge_offsets(moved))
+            return True
+
+        if not await self._step(look):
             return False
         for done, begin in enumerate(begins):
             self._report(kind, done * MERGE_STEP_BYTES, len(begins) * MERGE_STEP_BYTES)
-            length = min(MERGE_STEP_BYTES, self._total_bytes - begin)
 
-            def step(begin: int = begin, length: int = length) -> None:
-                if kind == "prune":
-                    store.merge_prune(lower, upper, begin, length)
-                elif kind == "merge-up":
-                    store.merge_up(native, lower, upper, begin, length)
-                else:
-                    store.merge_down(lower, upper, begin, length)
+            def step(begin: int = begin) -> bool:
+                return member.merge_step(kind, merge.lower, merge.upper, begin, self._token)
 
             if not await self._step(step):
                 return False
         return True
 
-    def _occupied(self, image: str) -> list[int]:
-        return occupied_steps(self._member.directory.dir_fd, image)
-
-    async def finish_up(self) -> None:
-        """Nothing is needed from the lower layer any more: forget it and delete it."""
+    async def finish(self, kind: MergeKind) -> None:
+        """After all steps: the lower layer goes."""
         member, merge = self._member, self._merge
 
-        def finish() -> None:
-            if merge.lower not in member.side_images:
-                member.store.drop_layer(self._merger._native, member.layers.pop(merge.lower))
-            member.drop_side_layers(self._merger._native)
-            member.directory.unlink_disk(merge.lower)
+        def finish() -> bool:
+            return member.finish_merge(kind, merge.lower, merge.upper, self._token)
 
         if await self._step(finish):
-            self._log("up")
+            self._log(kind.removeprefix("merge-"))
 
-    async def finish_down(self) -> None:
-        """The lower file holds everything: it becomes the upper layer's."""
-        member, merge = self._member, self._merge
+    async def _step(self, function: Callable[[], bool]) -> bool:
+        done: list[bool] = []
+        right = await self._merger._step(self._member, self._merge, lambda: done.append(function()))
+        return right and done == [True]
 
-        def finish() -> None:
-            store, native = member.store, self._merger._native
-            store.merge_down_finish(self._lower, self._upper)
-            member.directory.adopt_merged(merge.lower, merge.upper)
-            if merge.lower not in member.side_images:
-                store.replace_layer(native, self._lower, self._upper)
-                del member.layers[merge.lower]
-            member.drop_side_layers(native)
-
-        if await self._step(finish):
-            self._log("down")
-
-    async def _step(self, function: Callable[[], object]) -> bool:
-        def run() -> bool:
-            if self._member.epoch != self._epoch:
-                return False
-            function()
-            return True
-
-        # The epoch only changes under the lock that the step holds.
-        ran: list[bool] = []
-        right = await self._merger._step(self._member, self._merge, lambda: ran.append(run()))
-        return right and ran == [True]
-
-    def _report(
-        self, kind: Literal["prune", "merge-up", "merge-down"], done_bytes: int, total_bytes: int
-    ) -> None:
-        disk = self._member.directory.disks.get(self._merge.lower)
+    def _report(self, kind: MergeKind, done_bytes: int, total_bytes: int) -> None:
+        disk = self._member.records.disks.get(self._merge.lower)
         self._merger._job = JobInfo(
             kind=kind,
-            replica=str(self._member.path),
+            replica=self._member.address,
             snapshot=disk.snapshot if disk is not None else self._merge.lower,
             done_bytes=done_bytes,
             total_bytes=total_bytes,
@@ -411,7 +355,7 @@ class _Walk:
         log.info(
             "removed snapshot merged away",
             volume=self._merger._name,
-            replica=str(self._member.path),
+            replica=self._member.address,
             image=self._merge.lower,
             direction=direction,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,14 +20,15 @@ from lhblock._native import (
     STORE_DIRECT,
     STORE_READ_ONLY,
     NativeEngine,
-    probe_fiemap,
 )
 from lhblock.engine._agreement import agree
 from lhblock.engine._clock import utc_now
 from lhblock.engine._config import VolumeConfig, check_size
 from lhblock.engine._generations import leave_behind
+from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import Member, MemberState, sentence
 from lhblock.engine._merge import merge_all_below, unlink_removed_leaves
+from lhblock.engine._target import probe
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import (
     LhblockError,
@@ -48,10 +50,6 @@ from lhblock.replica import (
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-
-def _probe(fd: int) -> int:
-    return -probe_fiemap(fd)
 
 
 async def create_replicas(
@@ -83,7 +81,7 @@ async def create_replicas(
                     size_bytes=size_bytes,
                     generation=generation,
                     encrypted=encrypted,
-                    probe=_probe,
+                    probe=probe,
                 )
                 made.append(path)
         except LhblockError:
@@ -157,14 +155,14 @@ class Opening:
 
         def close(member: Member) -> None:
             # With a store it may have been compared halfway.
-            member.close(clean=not member.directory.was_dirty and not member.has_store)
+            member.close(clean=not member.records.was_dirty and not member.has_store)
 
         for member in self.members:
             if member.opened:
                 try:
                     await run_metadata(close, member)
                 except ReplicaError as error:
-                    log.warning("close", replica=str(member.path), reason=error.sentence)
+                    log.warning("close", replica=member.address, reason=error.sentence)
 
     async def _open_directories(self) -> None:
         opened: dict[Path, Member] = {}
@@ -172,14 +170,13 @@ class Opening:
         read_only = self._config.read_only
 
         async def open_one(path: Path) -> None:
-            def open_directory() -> ReplicaDirectory:
-                return ReplicaDirectory.open(path, read_only=read_only, probe=_probe)
-
+            member = opened[path] = LocalMember(path, self._engine, self.store_flags)
             try:
-                opened[path] = Member(path, await run_metadata(open_directory))
+                await run_metadata(partial(member.open, read_only=read_only))
+                member.state = MemberState.USABLE
             except ReplicaError as error:
                 errors.append(error)
-                opened[path] = Member(path, None, error.sentence)
+                member.error = error.sentence
 
         async with trio.open_nursery() as nursery:
             for path in self._config.replicas:
@@ -193,19 +190,19 @@ class Opening:
             if not member.opened:
                 self._tell_left(member)
                 continue
-            for cleaned in member.directory.cleaned:
-                log.info("cleaned up", replica=str(member.path), what=cleaned)
+            for cleaned in member.records.cleaned:
+                log.info("cleaned up", replica=member.address, what=cleaned)
 
     def _require_some(self) -> None:
         if not self._usable:
-            reasons = "; ".join(f"{member.path}: {member.error}" for member in self.members)
+            reasons = "; ".join(f"{member.address}: {member.error}" for member in self.members)
             raise VolumeFaulted(self._config.name, f"no replica is usable: {reasons}")
 
     def _tell_left(self, member: Member) -> None:
         log.error(
             "replica left out",
             volume=self._config.name,
-            replica=str(member.path),
+            replica=member.address,
             reason=member.error,
         )
 
@@ -216,43 +213,41 @@ class Opening:
         try:
             await run_metadata(leave)
         except ReplicaError as error:
-            log.warning("close", replica=str(member.path), reason=error.sentence)
+            log.warning("close", replica=member.address, reason=error.sentence)
         self._tell_left(member)
 
     async def _choose(self) -> bool:
         """Leave stale replicas out. Returns whether data may differ although nobody crashed."""
         candidates = self._usable
-        choice = choose([member.directory for member in candidates])
+        choice = choose([member.records for member in candidates])
         lagging = [candidates[index] for index in choice.lagging]
         newest = [candidates[index] for index in choice.newest]
         for stale in choice.stale:
             await self._leave(candidates[stale.index], f"is stale: {stale.reason}")
         # The newest come first, because the first one is the source where data differs; among them
         # those that were closed cleanly, because then everything had been synced.
-        newest.sort(key=lambda member: member.directory.was_dirty)
+        newest.sort(key=lambda member: member.records.was_dirty)
         self._order = newest + lagging
-        written = [member for member in self._order if member.directory.written_elsewhere]
+        written = [member for member in self._order if member.records.written_elsewhere]
         for member in written:
             log.warning(
                 "written by another program",
-                replica=str(member.path),
-                reason=member.directory.written_elsewhere,
+                replica=member.address,
+                reason=member.records.written_elsewhere,
             )
         if self._config.read_only:
             for member in lagging:
                 await self._leave(member, "lags behind a fence; open the volume for writing once")
-        elif any(member.directory.generation is None for member in newest):
+        elif any(member.records.generation is None for member in newest):
             generations = dict(
                 zip(newest, new_set(len(newest), time=utc_now(), counter=UNSERVED), strict=True)
             )
-            await self._each(lambda m: m.directory.write_generation(generations[m]))
+            await self._each(lambda m: m.write_generation(generations[m]))
         return bool(written or lagging)
 
     async def _agree(self, written: bool) -> None:
         usable = [member for member in self._order if member.state is MemberState.USABLE]
-        torn = written or any(
-            member.directory.was_dirty or member.directory.torn for member in usable
-        )
+        torn = written or any(member.records.was_dirty or member.records.torn for member in usable)
         if self._config.read_only:
             if torn:
                 for member in usable[1:]:
@@ -264,7 +259,7 @@ class Opening:
         else:
             source = await self._agree_on_trees(usable)
         self._check_size(source)
-        await self._each(lambda member: member.open_store(self._engine, self.store_flags))
+        await self._each(lambda member: member.open_store())
         if torn and not self._config.read_only:
             await self._make_equal(source)
 
@@ -273,7 +268,7 @@ class Opening:
             try:
                 source, others = await run_metadata(agree, self._config.name, usable)
             except ReplicaError as error:
-                failed = [member for member in usable if member.path == error.replica]
+                failed = [member for member in usable if member.address == error.replica]
                 if not failed or len(usable) == 1:
                     raise
                 # A full disk perhaps: the others can do without it.
@@ -285,7 +280,7 @@ class Opening:
             return source
 
     def _check_size(self, source: Member) -> None:
-        size_bytes = source.directory.size_bytes
+        size_bytes = source.records.size_bytes
         wanted_bytes = self._config.size_bytes
         if wanted_bytes is not None and wanted_bytes != size_bytes:
             raise SizeError(
@@ -321,12 +316,12 @@ class Opening:
             source = usable[0]
         # A leftover means that a crash met a change of the tree: the snapshot being taken was never
         # acknowledged, and its data may have reached one disk and not another.
-        torn_snapshot = any(member.directory.torn for member in usable)
+        torn_snapshot = any(member.records.torn for member in usable)
 
         def merge(member: Member) -> None:
             unlink_removed_leaves(member)
-            head = member.directory.head
-            if torn_snapshot and head.parent and not member.directory.disks[head.parent].removed:
+            head = member.records.head
+            if torn_snapshot and head.parent and not member.records.disks[head.parent].removed:
                 merge_all_below(member, head.parent)
             merge_all_below(member, head.name)
 
@@ -334,23 +329,21 @@ class Opening:
             if member is source:
                 return 0
             changed_bytes = 0
-            pairs = [(member.directory.head.name, source.directory.head.name)]
-            below, source_below = (each.directory.head.parent for each in (member, source))
+            pairs = [(member.records.head.name, source.records.head.name)]
+            below, source_below = (each.records.head.parent for each in (member, source))
             if torn_snapshot and below and below == source_below:
                 pairs.insert(0, (below, source_below))
             for image, source_image in pairs:
-                changed_bytes += member.store.reconcile_layer(
-                    member.layers[image], source.store, source.layers[source_image]
-                )
+                changed_bytes += member.make_equal(image, source, source_image)
             # Also when no byte changed: a hole that read as zeros may have become data.
-            member.swap_store(self._engine, self.store_flags).close()
+            member.reopen_store()
             return changed_bytes
 
         await self._each(merge)
         if source.state is not MemberState.USABLE:
             raise VolumeFaulted(
                 self._config.name,
-                f"{source.path} failed while the replicas were made equal after a crash: "
+                f"{source.address} failed while the replicas were made equal after a crash: "
                 f"{source.error}; open the volume again",
             )
         log.info("comparing replicas after a crash", volume=self._config.name)
@@ -365,10 +358,10 @@ class Opening:
             log.info(
                 "replica compared",
                 volume=self._config.name,
-                replica=str(member.path),
+                replica=member.address,
                 changed_bytes=changed_bytes,
             )
-        await self._each(lambda member: member.store.sync())
+        await self._each(lambda member: member.sync())
 
     async def _record_opening(self) -> None:
         """Make generations durable that name every absent member stale, before anything is served.
@@ -378,7 +371,7 @@ class Opening:
         that a fence did not reach.
         """
         await self._record_members()
-        await self._each(lambda member: member.directory.note_repaired())
+        await self._each(lambda member: member.note_repaired())
         await self._record_members()
 
     async def _record_members(self) -> None:
@@ -389,7 +382,7 @@ class Opening:
             def catch_up(member: Member, best: Generation = best) -> None:
                 if member.generation.counter != best.counter:
                     own = replace(best, replica_id=member.generation.replica_id)
-                    member.directory.write_generation(own)
+                    member.write_generation(own)
 
             await self._each(catch_up)
             usable = self._usable
@@ -401,7 +394,7 @@ class Opening:
             made = leave_behind(usable, missing, reason)
 
             def write(member: Member, made: dict[Member, Generation] = made) -> None:
-                member.directory.write_generation(made[member])
+                member.write_generation(made[member])
 
             await self._each(write)
             if len(self._usable) == len(usable):

@@ -18,9 +18,9 @@ from typing import Final
 import structlog
 import trio
 
-from lhblock._native import STORE_WRITE_ONLY, UNIT_BYTES, NativeEngine, NativeStore, NativeVolume
+from lhblock._native import UNIT_BYTES, NativeVolume
 from lhblock.engine._agreement import shape_of
-from lhblock.engine._alignment import align, parents_first, plan_alignment
+from lhblock.engine._alignment import parents_first, plan_alignment
 from lhblock.engine._clock import utc_now
 from lhblock.engine._config import RebuildOptions
 from lhblock.engine._info import RebuildInfo, RebuildPhase
@@ -28,7 +28,6 @@ from lhblock.engine._layer_copy import LayerCopy, plan_copy
 from lhblock.engine._member import Member, MemberState, sentence
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._snapshots import SnapshotTree
-from lhblock.engine._target import open_target
 from lhblock.engine._threads import run_copy, run_metadata
 from lhblock.engine._throttle import Throttle
 from lhblock.errors import (
@@ -80,11 +79,9 @@ class Rebuilder:
 
     Args:
       name: the volume's, for messages.
-      engine: the C engine.
       native: the volume, for the latency of its clients.
       replicas: the replica set.
       tree: its snapshots, and the structure lock.
-      store_flags: how the volume's stores are opened.
       options: how fast, and whether replicas that were away are brought back unasked.
       changed: called when merges may go on.
     """
@@ -92,21 +89,17 @@ class Rebuilder:
     def __init__(
         self,
         name: str,
-        engine: NativeEngine,
         native: NativeVolume,
         replicas: ReplicaSet,
         tree: SnapshotTree,
         *,
-        store_flags: int,
         options: RebuildOptions,
         changed: Callable[[], None],
     ) -> None:
         self._name = name
-        self._engine = engine
         self._native = native
         self._replicas = replicas
         self._tree = tree
-        self._store_flags = store_flags
         self._options = options
         self._changed = changed
         self._work: dict[Member, _Work] = {}
@@ -126,7 +119,7 @@ class Rebuilder:
         """Images that merges must leave alone: all there are, while a rebuild goes on."""
         if self._active is None:
             return frozenset()
-        return frozenset().union(*(m.directory.disks for m in self._replicas.writers))
+        return frozenset().union(*(m.records.disks for m in self._replicas.writers))
 
     def request(self, member: Member, *, force: bool = False) -> None:
         """Rebuild a replica that takes no part, now or when its turn comes."""
@@ -166,7 +159,7 @@ class Rebuilder:
         """
         while (work := self._work.get(member)) is not None:
             if work.refused:
-                raise ReplicaStale(member.path, work.error)
+                raise ReplicaStale(member.address, work.error)
             await self._turn.wait()
 
     async def interrupt(self) -> None:
@@ -248,7 +241,7 @@ class Rebuilder:
             log.info(
                 "replica rebuilt",
                 volume=self._name,
-                replica=str(member.path),
+                replica=member.address,
                 copied_bytes=work.copied_bytes,
                 took_s=round(trio.current_time() - work.began_s, 3),
             )
@@ -262,7 +255,7 @@ class Rebuilder:
             log.error(
                 "replica not rebuilt",
                 volume=self._name,
-                replica=str(member.path),
+                replica=member.address,
                 reason=reason,
                 again_in_s=None if work.refused else delay_s,
             )
@@ -281,7 +274,7 @@ class Rebuilder:
         try:
             await run_metadata(lambda: member.close(clean=False))
         except ReplicaError as error:
-            log.warning("close", replica=str(member.path), reason=error.sentence)
+            log.warning("close", replica=member.address, reason=error.sentence)
 
     async def _remove_leftovers(self) -> None:
         """Mark the snapshots of rebuilds as removed, of this one and of such that were cut off."""
@@ -289,7 +282,7 @@ class Rebuilder:
             with suppress(LhblockError):
                 left = [
                     disk.snapshot
-                    for disk in tuple(self._replicas.first.directory.disks.values())
+                    for disk in tuple(self._replicas.first.records.disks.values())
                     if disk.snapshot.startswith(SYSTEM_PREFIX)
                     and not disk.user_created
                     and not disk.removed
@@ -307,13 +300,13 @@ class Rebuilder:
                 # Another one the next time: it may have been the source's fault.
                 sources = self._replicas.usable
                 source = sources[(work.attempts - 1) % len(sources)]
-                work.source = str(source.path)
+                work.source = source.address
                 frozen = await self._prepare(work, source)
         work.phase = "copying"
         log.info(
             "rebuilding a replica",
             volume=self._name,
-            replica=str(member.path),
+            replica=member.address,
             source=work.source,
             layers=len(frozen),
         )
@@ -327,34 +320,32 @@ class Rebuilder:
         await self._detach(member)
         await self._tree.check_room()
         others = [m.generation.replica_id for m in self._replicas.usable]
-        directory = await run_metadata(
-            lambda: open_target(member.path, source, others, force=work.force)
-        )
-        member.take_up(directory)
+        records = source.records
+        size_bytes = records.size_bytes
+        like = source.generation
         name, created = f"{SYSTEM_PREFIX}{uuid.uuid4()}", utc_now()
-        head = source.directory.head
+        head = records.head
         newest = Disk(snapshot_image(name), parent=head.parent, created=created)
-        frozen = {disk.name: disk for disk in source.directory.disks.values() if not disk.is_head}
+        frozen = {disk.name: disk for disk in records.disks.values() if not disk.is_head}
         frozen[newest.name] = newest
-        chain = [disk.name for disk in source.directory.chain[:-1]] + [newest.name]
-        size_bytes = source.directory.size_bytes
+        chain = [disk.name for disk in records.chain[:-1]] + [newest.name]
 
         def prepare() -> None:
-            plan = plan_alignment(frozen, chain, directory.disks, directory.head)
+            member.open_target(like, size_bytes=size_bytes, others=others, force=work.force)
+            known = source.layer_sizes()
             sizes = {
-                image: source.image_bytes(head.name if image == newest.name else image)
+                image: known[head.name if image == newest.name else image].image_bytes
                 for image in frozen
             }
-            align(
-                directory,
-                plan,
+            member.align(
+                plan_alignment(frozen, chain, member.records.disks, member.records.head),
                 frozen,
                 newest=newest.name,
                 sizes=sizes,
                 size_bytes=size_bytes,
                 created=created,
             )
-            member.open_store(self._engine, self._store_flags | STORE_WRITE_ONLY)
+            member.open_store(write_only=True)
 
         await run_metadata(prepare)
         await self._tree.create_locked(
@@ -371,7 +362,7 @@ class Rebuilder:
             if member.state is not MemberState.REBUILDING:
                 raise _Lost(member.error)
             if source.state is not MemberState.USABLE:
-                raise _Lost(f"its source {source.path} failed: {source.error}")
+                raise _Lost(f"its source {source.address} failed: {source.error}")
 
         def open_layers() -> None:
             for image in images:
@@ -381,7 +372,7 @@ class Rebuilder:
         async with self._tree.lock:
             check()
             await run_metadata(open_layers)
-        progress = await run_metadata(member.directory.read_progress)
+        progress = await run_metadata(member.read_progress)
         if progress.source != source.generation.replica_id:
             progress = RebuildProgress(source=source.generation.replica_id)
         throttle = Throttle(self._options.rate_bytes_s, self._foreground)
@@ -412,7 +403,7 @@ class Rebuilder:
                 stamp: LayerStamp = stamp,
                 done: RebuildProgress = progress,
             ) -> None:
-                member.directory.write_progress(
+                member.write_progress(
                     replace(done, partial=image, partial_source=stamp, partial_bytes=before_bytes)
                 )
 
@@ -430,7 +421,7 @@ class Rebuilder:
                 await copy.verify(streams=self._options.streams, check=check, advanced=advanced)
             except ReplicaDamaged:
                 # What an attempt before has left may be the reason: the next one starts anew.
-                await run_copy(member.directory.forget_progress)
+                await run_copy(member.forget_progress)
                 raise
             progress = await run_copy(_note_done, source, member, image, progress)
 
@@ -452,24 +443,24 @@ class Rebuilder:
                 await self._promote_locked(member)
 
     async def _promote_locked(self, member: Member) -> None:
-        first = self._replicas.first.directory
-        ours = member.directory
+        first, ours = self._replicas.first.records, member.records
         if shape_of(ours.size_bytes, ours.disks) != shape_of(first.size_bytes, first.disks):
-            raise ReplicaIO(member.path, "holds other snapshots than the volume after its rebuild")
+            raise ReplicaIO(
+                member.address, "holds other snapshots than the volume after its rebuild"
+            )
         # What is synced now does not have to be while I/O waits.
-        await run_metadata(member.store.sync)
-        store, layers = await run_metadata(member.begin_promotion, self._engine, self._store_flags)
-        old: NativeStore | None = None
+        await run_metadata(member.sync)
+        await run_metadata(member.prepare_promotion)
         try:
             await self._replicas.join(member)
             async with self._replicas.frozen():
                 if member.state is not MemberState.REBUILDING:
                     raise _Lost(member.error)
-                await self._replicas.complete(member, store.start)
-                old = member.end_promotion(store, layers)
+                await self._replicas.complete(member)
         finally:
-            await run_metadata((store if old is None else old).close)
-        await run_metadata(ours.forget_progress)
+            await run_metadata(member.abandon_promotion)
+        await run_metadata(member.release_replaced)
+        await run_metadata(member.forget_progress)
 
 
 def _describe(work: _Work) -> RebuildInfo:
@@ -477,7 +468,7 @@ def _describe(work: _Work) -> RebuildInfo:
     rate_bytes_s = work.done_bytes / took_s if took_s > 0 else 0.0
     left_bytes = work.total_bytes - work.done_bytes
     return RebuildInfo(
-        address=str(work.member.path),
+        address=work.member.address,
         phase="refused" if work.refused else work.phase,
         source=work.source,
         done_bytes=work.done_bytes,
@@ -504,5 +495,5 @@ def _note_done(
 ) -> RebuildProgress:
     stamps = (source.layer_stamp(image), target.layer_stamp(image))
     progress = RebuildProgress(source=progress.source, done={**progress.done, image: stamps})
-    target.directory.write_progress(progress)
+    target.write_progress(progress)
     return progress

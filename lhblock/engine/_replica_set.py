@@ -17,16 +17,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
 import trio
 
-from lhblock._native import NativeStore, NativeVolume, StoreMode
+from lhblock._native import NativeVolume, StoreMode
 from lhblock.engine._generations import leave_behind, let_in
 from lhblock.engine._info import ReplicaInfo, ReplicaMode, VolumeState
-from lhblock.engine._member import Member, MemberState, sentence
+from lhblock.engine._member import Member, MemberState, Store, sentence
 from lhblock.engine._threads import run_fence, run_metadata
 from lhblock.errors import (
     LhblockError,
@@ -79,11 +78,13 @@ class ReplicaSet:
         self._on_left = on_left
         self._fence_lock = trio.Lock()
         self._freeze_lock = trio.Lock()
-        self._published: list[tuple[NativeStore, StoreMode]] = []
+        self._published: list[tuple[Store, StoreMode]] = []
         self._faulted = ""
         self._closed = False
         self._read_only = read_only
         self.members = list(members)
+        for member in self.members:
+            member.serve(native)
         self.failures = 0
         self.pause_ns_last = 0
 
@@ -118,7 +119,7 @@ class ReplicaSet:
         if self._faulted:
             raise VolumeFaulted(self._name, self._faulted)
         if not self.usable:
-            reasons = "; ".join(f"{member.path}: {member.error}" for member in self.members)
+            reasons = "; ".join(f"{member.address}: {member.error}" for member in self.members)
             raise VolumeFaulted(self._name, f"no usable replica is left: {reasons}")
 
     @property
@@ -135,7 +136,7 @@ class ReplicaSet:
         """Describe every configured replica. Those of a faulted volume all say why."""
         return tuple(
             ReplicaInfo(
-                address=str(member.path),
+                address=member.address,
                 mode="ERR" if self._faulted else _MODES.get(member.state, "ERR"),
                 error=member.error or self._faulted,
                 generation=member.generation_counter,
@@ -151,7 +152,7 @@ class ReplicaSet:
             self._native.publish([store for store, _ in wanted], [mode for _, mode in wanted])
             self._published = wanted
 
-    def _wanted(self) -> list[tuple[NativeStore, StoreMode]]:
+    def _wanted(self) -> list[tuple[Store, StoreMode]]:
         return [
             *((member.store, StoreMode.RW) for member in self.usable),
             *((member.store, StoreMode.WO) for member in self.rebuilding),
@@ -177,7 +178,7 @@ class ReplicaSet:
         member.error = reason
         member.dropped_by_core = by_core
         self.failures += 1
-        log.error("replica failed", volume=self._name, replica=str(member.path), reason=reason)
+        log.error("replica failed", volume=self._name, replica=member.address, reason=reason)
         return True
 
     def lose_rebuilding(self, member: Member, reason: str, *, by_core: bool = False) -> None:
@@ -204,7 +205,7 @@ class ReplicaSet:
             async with self._fence_lock:
                 survivors = self.usable
                 joined = member.generation.replica_id
-                made = let_in(survivors, [joined], f"{member.path.name} was rebuilt")
+                made = let_in(survivors, [joined], f"{member.name} was rebuilt")
                 await self._write_generations(survivors, made)
                 await self._give_generation(member)
             await self.fence()
@@ -222,7 +223,7 @@ class ReplicaSet:
 
         async def write(member: Member) -> None:
             try:
-                await run_fence(member.directory.write_generation, made[member])
+                await run_fence(member.write_generation, made[member])
             except (LhblockError, OSError) as error:
                 errors[member] = error
 
@@ -232,7 +233,7 @@ class ReplicaSet:
         if len(errors) == len(members):
             first = next(iter(errors))
             raise ReplicaIO(
-                first.path, f"cannot record a new generation: {sentence(errors[first])}"
+                first.address, f"cannot record a new generation: {sentence(errors[first])}"
             )
         for member, error in errors.items():
             self.note_failure(member, f"cannot record a new generation: {sentence(error)}")
@@ -243,34 +244,31 @@ class ReplicaSet:
         newest = max((m.generation for m in self.usable), key=lambda each: each.counter)
         own = replace(newest, replica_id=member.generation.replica_id)
         if own.counter != member.generation.counter or own.members != member.generation.members:
-            await run_fence(member.directory.note_repaired)
-            await run_fence(member.directory.write_generation, own)
+            await run_fence(member.note_repaired)
+            await run_fence(member.write_generation, own)
 
-    async def complete(self, member: Member, started: Callable[[], None]) -> None:
+    async def complete(self, member: Member) -> None:
         """From a member that is written to one that takes part. I/O is frozen by the caller.
-
-        Args:
-          started: blocking; makes the member's store one that can be read.
 
         Raises:
           LhblockError: it takes no part; if that is not certain, it is ``FAILING`` and the end of
             the freeze fences it.
         """
         assert member.state is MemberState.REBUILDING
-        await run_metadata(member.store.sync)
-        await run_metadata(started)
+        await run_metadata(member.start_promotion)
         async with self._fence_lock:
             self.check()
             await self._give_generation(member)
             if member.generation.replica_id not in self.first.generation.members:
-                raise ReplicaIO(member.path, "was left behind while it was let in")
+                raise ReplicaIO(member.address, "was left behind while it was let in")
             try:
-                await run_fence(member.directory.set_rebuilding, False)
+                await run_fence(member.set_rebuilding, False)
             except (LhblockError, OSError) as error:
                 # The mark may be gone all the same.
                 member.state = MemberState.FAILING
                 member.error = f"cannot record that it is complete: {sentence(error)}"
                 raise
+            member.finish_promotion()
             member.state = MemberState.USABLE
             member.error = ""
             member.dropped_by_core = False
@@ -278,18 +276,18 @@ class ReplicaSet:
     def add(self, member: Member) -> None:
         """Configure one more, which takes no part yet."""
         assert member.state is MemberState.LEFT
+        member.serve(self._native)
         self.members.append(member)
 
-    def find(self, path: Path) -> Member | None:
-        """The member at a path."""
-        wanted = path.absolute()
-        return next((m for m in self.members if m.path.absolute() == wanted), None)
+    def find(self, address: str) -> Member | None:
+        """The member of an address."""
+        return next((m for m in self.members if m.address == address), None)
 
     def refuse_removal(self, member: Member) -> None:
         """Raises VolumeBusy if a member is the last usable one."""
         if self.usable == [member]:
             raise VolumeBusy(
-                self._name, f"{member.path} is its last usable replica and cannot be removed"
+                self._name, f"{member.address} is its last usable replica and cannot be removed"
             )
 
     async def remove(self, member: Member) -> None:
@@ -371,6 +369,8 @@ class ReplicaSet:
             async with self._freeze_lock, self._fence_lock:
                 self._closed = True
                 await run_metadata(self._native.close)
+                for member in self.members:
+                    member.serve(None)
 
     def _failing(self) -> list[Member]:
         return [member for member in self.members if member.state is MemberState.FAILING]
@@ -380,7 +380,7 @@ class ReplicaSet:
         generations = leave_behind(
             survivors,
             [member.generation.replica_id for member in failing],
-            "; ".join(f"{member.path.name}: {member.error}" for member in failing),
+            "; ".join(f"{member.name}: {member.error}" for member in failing),
         )
         try:
             return await self._write_generations(survivors, generations)
@@ -400,8 +400,9 @@ class ReplicaSet:
                     self._native.track(member.store.id)
                 except NativeError as error:
                     # Without a map everything counts as changed when it comes back.
-                    path = str(member.path)
-                    log.warning("changes are not tracked", replica=path, reason=str(error))
+                    log.warning(
+                        "changes are not tracked", replica=member.address, reason=str(error)
+                    )
 
     def _release(self, failing: list[Member]) -> None:
         for member in failing:
@@ -499,7 +500,7 @@ class ReplicaSet:
                 first = min(failed, key=self.members.index)
                 if isinstance(errors[first], NativeError | OSError):
                     raise ReplicaIO(
-                        first.path, f"failed while {during}: {sentence(errors[first])}"
+                        first.address, f"failed while {during}: {sentence(errors[first])}"
                     ) from errors[first]
                 raise errors[first]
             for member, error in errors.items():

@@ -10,30 +10,18 @@ repaired from one whose record has the same checksum.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
 import trio
 
-from lhblock._native import Extent, file_crc64, file_extents
-from lhblock.engine._clock import utc_now
 from lhblock.engine._info import ScrubMismatch, ScrubReport
-from lhblock.engine._member import Member, MemberState, sentence
+from lhblock.engine._member import LayerDamage, Member, MemberState, sentence
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import LhblockError, ReplicaIO, SnapshotBusy
-from lhblock.replica import (
-    ChecksumRecord,
-    change_time_text,
-    hash_image,
-    snapshot_image,
-    valid_checksum,
-    write_checksum,
-)
+from lhblock.replica import ChecksumRecord, snapshot_image
 
 log = structlog.get_logger(__name__)
 
@@ -67,14 +55,11 @@ class Scrubber:
         """See :meth:`Volume.hash_snapshot`."""
         image = snapshot_image(snapshot)
 
-        def hash_layer(member: Member) -> ChecksumRecord | None:
-            disk = member.directory.disks.get(image)
+        def hash_layer(member: Member) -> None:
+            disk = member.records.disks.get(image)
             if disk is None or disk.removed:
                 raise SnapshotBusy(self._name, f"snapshot {snapshot!r} is marked as removed")
-            with _named(member, f"hash {image}"):
-                return hash_image(
-                    member.directory.dir_fd, image, _crc64, now=utc_now(), rehash=rehash
-                )
+            member.hash_layer(image, rehash=rehash)
 
         for member in self._replicas.usable:
             if member.state is MemberState.USABLE:
@@ -88,7 +73,7 @@ class Scrubber:
             {
                 disk.name
                 for member in self._replicas.usable
-                for disk in tuple(member.directory.disks.values())
+                for disk in tuple(member.records.disks.values())
                 if not disk.is_head and not disk.removed
             }
         )
@@ -96,14 +81,14 @@ class Scrubber:
             damaged: list[_Damage] = []
             good: list[tuple[Member, ChecksumRecord]] = []
             for member in self._replicas.usable:
-                disk = member.directory.disks.get(image)
+                disk = member.records.disks.get(image)
                 if disk is None or disk.removed:
                     continue
-                checked = await run_metadata(_verify, member, image)
+                checked = await run_metadata(member.verify_layer, image)
                 if checked is None:
                     without_record += 1
-                elif isinstance(checked, _Damage):
-                    damaged.append(checked)
+                elif isinstance(checked, LayerDamage):
+                    damaged.append(_Damage(member, image, checked.record, checked.found))
                 else:
                     good.append((member, checked))
                     verified += 1
@@ -122,123 +107,51 @@ class Scrubber:
                 async with self._lock:
                     await run_metadata(_copy_layer, source, damage)
             except (LhblockError, OSError) as error:
-                log.error("repair failed", replica=str(damage.member.path), reason=sentence(error))
+                log.error("repair failed", replica=damage.member.address, reason=sentence(error))
                 continue
-            repaired_from = str(source.path)
+            repaired_from = source.address
             break
         log.error(
             "a snapshot layer is damaged",
             volume=self._name,
-            replica=str(damage.member.path),
+            replica=damage.member.address,
             image=damage.image,
             repaired_from=repaired_from or "no replica",
         )
         return ScrubMismatch(
-            replica=str(damage.member.path),
-            snapshot=damage.member.directory.disks[damage.image].snapshot,
+            replica=damage.member.address,
+            snapshot=damage.member.records.disks[damage.image].snapshot,
             expected=damage.record.checksum,
             found=damage.found,
             repaired_from=repaired_from,
         )
 
 
-@contextmanager
-def _named(member: Member, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ReplicaIO(member.path, f"cannot {what}: {error.strerror}") from error
-
-
-def _crc64(fd: int, length_bytes: int) -> int:
-    return file_crc64(fd, 0, length_bytes)
-
-
-def _checksum_of(member: Member, image: str) -> str:
-    with _named(member, f"read {image}"):
-        fd = os.open(
-            image, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=member.directory.dir_fd
-        )
-        try:
-            return f"{_crc64(fd, os.fstat(fd).st_size):016x}"
-        finally:
-            os.close(fd)
-
-
-def _verify(member: Member, image: str) -> ChecksumRecord | _Damage | None:
-    """The record if it is right, the damage if not, None if nothing can be said. Blocking."""
-    directory = member.directory
-    with _named(member, f"read the checksum of {image}"):
-        record = valid_checksum(directory.dir_fd, image)
-    if record is None:
-        return None
-    found = _checksum_of(member, image)
-    if found == record.checksum:
-        return record
-    with _named(member, f"record that {image} is damaged"):
-        if valid_checksum(directory.dir_fd, image) != record:
-            return None  # it was merged meanwhile
-        write_checksum(directory.dir_fd, image, replace(record, silently_corrupted=True))
-    return _Damage(member, image, record, found)
-
-
 def _copy_layer(source: Member, damage: _Damage) -> None:
     """Make the damaged layer's file equal to the source's: data, holes and length. Blocking.
 
-    It is written in place, because the store has it open; every block that changes was wrong. The
+    It is written in place, because a store has it open; every block that changes was wrong. The
     new record is written only when the copy reads back with the right checksum.
     """
     image, target = damage.image, damage.member
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC
-    with _named(target, f"repair {image}"):
-        marked = valid_checksum(target.directory.dir_fd, image)
-        if marked is None or valid_checksum(source.directory.dir_fd, image) is None:
-            raise ReplicaIO(target.path, f"{image} was changed meanwhile")
-        source_fd = os.open(image, os.O_RDONLY | flags, dir_fd=source.directory.dir_fd)
-        try:
-            target_fd = os.open(image, os.O_RDWR | flags, dir_fd=target.directory.dir_fd)
-            try:
-                _copy_extents(source_fd, target_fd)
-                os.fsync(target_fd)
-                found = f"{_crc64(target_fd, os.fstat(target_fd).st_size):016x}"
-                ctime_ns = os.fstat(target_fd).st_ctime_ns
-            finally:
-                os.close(target_fd)
-        finally:
-            os.close(source_fd)
-        if found != damage.record.checksum:
-            raise ReplicaIO(
-                target.path, f"{image} still reads {found}, not {damage.record.checksum}"
-            )
-        record = replace(
-            damage.record,
-            change_time=change_time_text(ctime_ns),
-            last_hashed_at=utc_now(),
-            silently_corrupted=False,
-        )
-        write_checksum(target.directory.dir_fd, image, record)
-
-
-def _copy_extents(source_fd: int, target_fd: int) -> None:
-    size_bytes = os.fstat(source_fd).st_size
-    wanted = file_extents(source_fd)
-    if [*wanted] != file_extents(target_fd) or os.fstat(target_fd).st_size != size_bytes:
+    target.begin_repair(image)
+    if source.checksum(image) != damage.record.checksum:
+        raise ReplicaIO(source.address, f"{image} was changed meanwhile")
+    wanted = source.layer_extents(image)
+    size_bytes = source.layer_sizes()[image].image_bytes
+    if (
+        list(wanted) != list(target.layer_extents(image))
+        or target.layer_sizes()[image].image_bytes != size_bytes
+    ):
         # The map of the open store was built from the target's extents, and it was right when the
         # volume opened: a layer that lost or gained extents since is beyond a repair in place.
-        raise OSError(22, "its extents differ from the good copy's")
+        raise ReplicaIO(target.address, f"{image} has other extents than the good copy")
     for extent in wanted:
-        _copy_extent(source_fd, target_fd, extent)
-
-
-def _copy_extent(source_fd: int, target_fd: int, extent: Extent) -> None:
-    offset = extent.offset_bytes
-    end = extent.offset_bytes + extent.length_bytes
-    while offset < end:
-        data = os.pread(source_fd, min(COPY_BYTES, end - offset), offset)
-        if not data:
-            raise OSError(5, "the good copy is shorter than its extents")
-        if os.pread(target_fd, len(data), offset) != data:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(target_fd, data[written:], offset + written)
-        offset += len(data)
+        end_bytes = min(extent.offset_bytes + extent.length_bytes, size_bytes)
+        for offset_bytes in range(extent.offset_bytes, end_bytes, COPY_BYTES):
+            length_bytes = min(COPY_BYTES, end_bytes - offset_bytes)
+            data = source.read_layer(image, offset_bytes, length_bytes)
+            if len(data) != length_bytes:
+                raise ReplicaIO(source.address, f"{image} is shorter than its extents")
+            target.repair_layer(image, offset_bytes, data)
+    target.finish_repair(image, damage.record)

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 import structlog
 import trio
 
-from lhblock._native import NativeEngine, NativeVolume
+from lhblock._native import NativeVolume
 from lhblock.engine._clock import utc_now
 from lhblock.engine._config import check_size
 from lhblock.engine._info import SnapshotInfo
 from lhblock.engine._limits import SnapshotLimits, check_limits, check_new_limits
-from lhblock.engine._member import Member, MemberState
+from lhblock.engine._member import LayerSize, Member, MemberState
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import (
@@ -30,7 +30,7 @@ from lhblock.errors import (
     SnapshotNotFound,
     VolumeBusy,
 )
-from lhblock.replica import EXPANSION_LABEL, Disk, PendingHead, snapshot_image
+from lhblock.replica import EXPANSION_LABEL, Disk, snapshot_image
 
 log = structlog.get_logger(__name__)
 
@@ -40,10 +40,8 @@ class SnapshotTree:
 
     Args:
       name: the volume's, for messages.
-      engine: to open stores anew after a revert.
       native: the volume.
       replicas: the replica set.
-      store_flags: how its stores are opened.
       limits: see :class:`SnapshotLimits`.
       users: says who uses the volume in a way that excludes a revert; "" for nobody.
       changed: called when a merge may have become possible.
@@ -55,20 +53,16 @@ class SnapshotTree:
     def __init__(
         self,
         name: str,
-        engine: NativeEngine,
         native: NativeVolume,
         replicas: ReplicaSet,
         *,
-        store_flags: int,
         limits: SnapshotLimits,
         users: Callable[[], str],
         changed: Callable[[], None],
     ) -> None:
         self._name = name
-        self._engine = engine
         self._native = native
         self._replicas = replicas
-        self._store_flags = store_flags
         self._users = users
         self._changed = changed
         self.limits = limits
@@ -77,11 +71,11 @@ class SnapshotTree:
     def infos(self) -> tuple[SnapshotInfo, ...]:
         """Snapshots, each after its parent; siblings by creation, the live chain's last."""
         member = self._replicas.first
-        head = member.directory.head.name
+        head = member.records.head.name
         by_parent: dict[str, list[Disk]] = {}
-        for disk in tuple(member.directory.disks.values()):
+        for disk in tuple(member.records.disks.values()):
             by_parent.setdefault(disk.parent, []).append(disk)
-        live = {disk.name for disk in member.directory.chain}
+        live = {disk.name for disk in member.records.chain}
         found: list[SnapshotInfo] = []
         waiting = [""]
         while waiting:
@@ -96,7 +90,7 @@ class SnapshotTree:
     def head(self) -> SnapshotInfo:
         """The writable layer, described like a snapshot called ``volume-head``."""
         member = self._replicas.first
-        return self._describe(member, member.directory.head, {})
+        return self._describe(member, member.records.head, {})
 
     def find(self, snapshot: str) -> Disk:
         """The first usable replica's record of a snapshot.
@@ -104,7 +98,7 @@ class SnapshotTree:
         Raises:
           SnapshotNotFound: there is none of this name.
         """
-        disk = self._replicas.first.directory.disks.get(snapshot_image(snapshot))
+        disk = self._replicas.first.records.disks.get(snapshot_image(snapshot))
         if disk is None:
             raise SnapshotNotFound(
                 self._name, f"it has no snapshot {snapshot!r}; `lhblock snapshot ls` shows them"
@@ -120,7 +114,9 @@ class SnapshotTree:
         Cancelled: nothing changed.
         """
         async with self.lock:
-            usages = await self._replicas.each(Member.usage, during="counting snapshots")
+            usages = await self._replicas.each(
+                lambda member: member.usage(), during="counting snapshots"
+            )
             check_new_limits(self._name, limits, list(usages.values()))
             self.limits = limits
 
@@ -156,7 +152,9 @@ class SnapshotTree:
         Raises:
           SnapshotLimit: there are too many snapshots, or they hold too much.
         """
-        usages = await self._replicas.each(Member.usage, during="counting snapshots")
+        usages = await self._replicas.each(
+            lambda member: member.usage(), during="counting snapshots"
+        )
         check_limits(self._name, self.limits, list(usages.values()))
 
     async def create_locked(
@@ -178,30 +176,26 @@ class SnapshotTree:
         image = snapshot_image(snapshot)
         self._replicas.check()
         for member in self._replicas.writers:
-            known = member.directory.disks.get(image)
+            known = member.records.disks.get(image)
             if known is not None:
                 why = "is still being merged away" if known.removed else "already exists"
                 raise SnapshotExists(self._name, f"snapshot {snapshot!r} {why}")
         await self.check_room()
 
-        def prepare(member: Member) -> PendingHead:
-            # What is synced now does not have to be while flushes wait.
-            member.store.sync()
-            pending = member.directory.prepare_snapshot(
+        def prepare(member: Member) -> None:
+            member.prepare_snapshot(
                 snapshot,
                 user_created=user_created,
                 created=created,
                 labels=labels,
                 size_bytes=size_bytes,
             )
-            member.prepare_head(pending)
-            return pending
 
         with trio.CancelScope(shield=True):
-            pending = await self._replicas.each(
+            prepared = await self._replicas.each(
                 prepare, members=self._replicas.writers, during="preparing a snapshot"
             )
-            await self._switch(pending, size_bytes or self._native.size_bytes, joining)
+            await self._switch(list(prepared), size_bytes or self._native.size_bytes, joining)
         log.info(
             "snapshot taken",
             volume=self._name,
@@ -210,19 +204,14 @@ class SnapshotTree:
         )
 
     async def _switch(
-        self, pending: dict[Member, PendingHead], size_bytes: int, joining: Member | None
+        self, prepared: list[Member], size_bytes: int, joining: Member | None
     ) -> None:
-        def switch(member: Member) -> None:
-            old_image = member.directory.head.name
-            pending[member].commit()
-            committed.add(member)
-            member.head_switched(old_image, member.store.commit_head(size_bytes))
-
-        committed: set[Member] = set()
         try:
             async with self._replicas.frozen():
                 done = await self._replicas.each(
-                    switch, members=list(pending), during="switching heads"
+                    lambda member: member.commit_snapshot(size_bytes),
+                    members=prepared,
+                    during="switching heads",
                 )
                 if size_bytes != self._native.size_bytes:
                     self._native.resize(size_bytes)
@@ -233,21 +222,17 @@ class SnapshotTree:
                     joining.error = ""
                     joining.dropped_by_core = False
         except (LhblockError, OSError) as error:
-            if committed:
+            if any(member.switched for member in prepared):
                 self._replicas.fault(f"the head was switched on disk but not in memory: {error}")
             raise
         finally:
-            await self._abandon([member for member in pending if member not in committed], pending)
-
-        def settle(member: Member) -> None:
-            # In this order: a leftover of the commit tells a later open that the snapshot's
-            # data may differ between replicas, so it goes when the data is durable.
-            member.store.sync()
-            pending[member].settle()
+            await self._abandon(prepared)
 
         try:
             await self._replicas.each(
-                settle, members=list(done), during="making a snapshot durable"
+                lambda member: member.settle_snapshot(),
+                members=list(done),
+                during="making a snapshot durable",
             )
         except (LhblockError, OSError) as error:
             # Flushes that wait at the gate end with an error.
@@ -256,17 +241,13 @@ class SnapshotTree:
         self._native.gate_flushes(False)
         await self._replicas.withdraw()
 
-    async def _abandon(self, members: list[Member], pending: dict[Member, PendingHead]) -> None:
-        def abandon(member: Member) -> None:
-            member.store.abandon_head()
-            pending[member].abort()
-
+    async def _abandon(self, members: list[Member]) -> None:
         for member in members:
             try:
-                await run_metadata(abandon, member)
+                await run_metadata(member.abandon_head)
             except (LhblockError, OSError) as error:
                 # The next open removes what is left.
-                log.warning("clean up a head", replica=str(member.path), reason=str(error))
+                log.warning("clean up a head", replica=member.address, reason=str(error))
 
     async def revert(self, snapshot: str, *, created: str | None = None) -> None:
         """Go back to a snapshot; see :meth:`Volume.revert_snapshot`."""
@@ -275,40 +256,33 @@ class SnapshotTree:
             if self._replicas.rebuilding:
                 raise VolumeBusy(
                     self._name,
-                    f"cannot revert while replica {self._replicas.rebuilding[0].path} is being "
+                    f"cannot revert while replica {self._replicas.rebuilding[0].address} is being "
                     "rebuilt; wait for it, or remove that replica",
                 )
             if self.find(snapshot).removed:
                 raise SnapshotBusy(self._name, f"cannot revert to removed snapshot {snapshot!r}")
             noted = utc_now() if created is None else created
             size_bytes = self._native.size_bytes
-            committed: set[Member] = set()
-
-            def prepare(member: Member) -> PendingHead:
-                return member.directory.prepare_revert(snapshot, created=noted)
-
-            def switch(member: Member) -> Callable[[], None]:
-                pending[member].commit()
-                committed.add(member)
-                pending[member].settle()
-                return member.swap_store(self._engine, self._store_flags).close
-
             with trio.CancelScope(shield=True):
-                pending = await self._replicas.each(prepare, during="preparing a revert")
+                prepared = await self._replicas.each(
+                    lambda member: member.prepare_revert(snapshot, created=noted),
+                    during="preparing a revert",
+                )
                 try:
                     async with self._replicas.frozen():
                         self._refuse_users()
-                        closers = await self._replicas.each(
-                            switch, members=list(pending), during="reverting"
+                        done = await self._replicas.each(
+                            lambda member: member.commit_revert(),
+                            members=list(prepared),
+                            during="reverting",
                         )
                 except (LhblockError, OSError) as error:
-                    for member in pending.keys() - committed:
-                        await run_metadata(pending[member].abort)
-                    if committed:
+                    await self._abandon(list(prepared))
+                    if any(member.switched for member in prepared):
                         self._replicas.fault(f"a revert could not be carried through: {error}")
                     raise
-                for close in closers.values():
-                    await run_metadata(close)
+                for member in done:
+                    await run_metadata(member.release_replaced)
         assert size_bytes == self._native.size_bytes
         log.info("reverted", volume=self._name, snapshot=snapshot)
         self._changed()
@@ -334,7 +308,7 @@ class SnapshotTree:
     async def mark_removed_locked(self, snapshot: str) -> None:
         """Mark a snapshot that there is, with the structure lock held."""
         await self._replicas.each(
-            lambda member: member.directory.mark_removed(snapshot),
+            lambda member: member.mark_removed(snapshot),
             members=self._replicas.writers,
             during="marking a snapshot as removed",
         )
@@ -363,12 +337,11 @@ class SnapshotTree:
     def _describe(
         self, member: Member, disk: Disk, by_parent: Mapping[str, list[Disk]]
     ) -> SnapshotInfo:
-        parent = member.directory.disks.get(disk.parent)
+        parent = member.records.disks.get(disk.parent)
         try:
-            size_bytes = member.image_bytes(disk.name)
-            allocated_bytes = member.allocated_bytes(disk.name)
+            size = member.layer_size(disk.name)
         except LhblockError:  # merged away in this moment
-            size_bytes = allocated_bytes = 0
+            size = LayerSize(0, 0)
         return SnapshotInfo(
             name=disk.snapshot,
             parent=parent.snapshot if parent is not None else "",
@@ -376,7 +349,7 @@ class SnapshotTree:
             created=disk.created,
             removed=disk.removed,
             labels=dict(disk.labels),
-            size_bytes=size_bytes,
-            allocated_bytes=allocated_bytes,
+            size_bytes=size.image_bytes,
+            allocated_bytes=size.allocated_bytes,
             user_created=disk.user_created,
         )

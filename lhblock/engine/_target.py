@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lhblock._native import probe_fiemap
-from lhblock.engine._member import Member
 from lhblock.errors import ReplicaForeign, ReplicaStale, ReplicaUnsupported
 from lhblock.replica import UNSERVED, Generation, ReplicaDirectory, has_room
 
@@ -48,11 +48,14 @@ def make_target(path: Path, *, like: Generation, size_bytes: int, encrypted: boo
     )
 
 
-def open_target(path: Path, source: Member, others: list[str], *, force: bool) -> ReplicaDirectory:
+def open_target(
+    path: Path, like: Generation, *, size_bytes: int, others: Sequence[str], force: bool
+) -> ReplicaDirectory:
     """Open a directory for a rebuild, and mark it, durably, so that nobody believes it. Blocking.
 
     Args:
-      source: a replica that is complete.
+      like: generation of a replica that is complete.
+      size_bytes: of the volume.
       others: replica ids that the volume uses.
       force: also take one that is not the volume's, or has writes that the others have not; they
         are lost.
@@ -63,18 +66,19 @@ def open_target(path: Path, source: Member, others: list[str], *, force: bool) -
     """
     directory = ReplicaDirectory.open(path, unfinished=True, probe=probe)
     try:
-        _refuse(directory, source, others, force=force)
+        _refuse_larger(directory, size_bytes)
+        if not force:
+            _refuse(directory, like, others)
         generation = directory.generation
         if not directory.rebuilding:
             directory.set_rebuilding(True)
-        theirs = source.generation
         if (
             generation is None
-            or generation.volume_id != theirs.volume_id
+            or generation.volume_id != like.volume_id
             or generation.replica_id in others
         ):
             directory.write_generation(
-                replace(theirs, replica_id=str(uuid.uuid4()), counter=UNSERVED)
+                replace(like, replica_id=str(uuid.uuid4()), counter=UNSERVED)
             )
     except BaseException:
         directory.close(clean=not directory.was_dirty)
@@ -82,17 +86,17 @@ def open_target(path: Path, source: Member, others: list[str], *, force: bool) -
     return directory
 
 
-def _refuse(directory: ReplicaDirectory, source: Member, others: list[str], *, force: bool) -> None:
-    size_bytes = source.directory.size_bytes
+def _refuse_larger(directory: ReplicaDirectory, size_bytes: int) -> None:
     if directory.size_bytes > size_bytes:
         raise ReplicaUnsupported(
             directory.path,
             f"has {directory.size_bytes} bytes, more than the volume's {size_bytes}; give an empty "
             "directory",
         )
-    if force:
-        return
-    generation, theirs = directory.generation, source.generation
+
+
+def _refuse(directory: ReplicaDirectory, theirs: Generation, others: Sequence[str]) -> None:
+    generation = directory.generation
     if generation is None or generation.volume_id != theirs.volume_id:
         raise ReplicaForeign(
             directory.path,

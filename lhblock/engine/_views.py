@@ -15,16 +15,14 @@ import trio
 
 from lhblock._native import (
     STORE_DIRECT,
-    STORE_READ_ONLY,
     VOLUME_READ_ONLY,
     Event,
     EventType,
     NativeEngine,
-    NativeStore,
     NativeVolume,
 )
 from lhblock.engine._device import Device
-from lhblock.engine._member import Member, open_chain
+from lhblock.engine._member import Member, Store
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import NativeError, SnapshotNotFound, VolumeError
@@ -44,7 +42,7 @@ class SnapshotView(Device):
     def __init__(
         self,
         native: NativeVolume,
-        stores: list[NativeStore],
+        stores: list[Store],
         *,
         volume: str,
         snapshot: str,
@@ -148,24 +146,23 @@ class Views:
 
     async def _open_view(self, snapshot: str) -> SnapshotView:
         first = self._replicas.first
-        disk = first.directory.disks.get(snapshot_image(snapshot))
+        disk = first.records.disks.get(snapshot_image(snapshot))
         if disk is None or disk.removed:
             raise SnapshotNotFound(
                 self._volume,
                 f"it has no snapshot {snapshot!r}; `lhblock snapshot ls` shows them",
             )
-        size_bytes = await run_metadata(first.image_bytes, disk.name)
+        sizes = await run_metadata(first.layer_sizes)
+        size_bytes = sizes[disk.name].image_bytes
         images: set[str] = set()
 
-        def open_store(member: Member) -> NativeStore:
-            chain = chain_of(member, disk.name)
-            images.update(layer.name for layer in chain)
-            flags = self._store_flags | STORE_READ_ONLY
-            store, _ = open_chain(self._engine, member.directory, chain, size_bytes, flags)
-            return store
+        def open_store(member: Member) -> Store:
+            chain = [layer.name for layer in chain_of(member, disk.name)]
+            images.update(chain)
+            return member.open_view(chain, size_bytes)
 
         with trio.CancelScope(shield=True):
-            stores: list[NativeStore] = []
+            stores: list[Store] = []
             try:
                 # A replica whose layers cannot be opened is as bad as one that cannot be read.
                 opened = await self._replicas.each(open_store, during="opening a snapshot")
@@ -197,7 +194,7 @@ class Views:
 
 def chain_of(member: Member, image: str) -> tuple[Disk, ...]:
     """The layers that make up an image's content, oldest first."""
-    disks = member.directory.disks
+    disks = member.records.disks
     chain: list[Disk] = []
     while image:
         chain.append(disks[image])

@@ -30,6 +30,7 @@ from lhblock.engine._info import (
     VolumeState,
 )
 from lhblock.engine._limits import SnapshotLimits
+from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import Member, MemberState
 from lhblock.engine._merge import Merger
 from lhblock.engine._opening import Opening
@@ -38,7 +39,6 @@ from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._scrub import Scrubber
 from lhblock.engine._snapshots import SnapshotTree
 from lhblock.engine._statistics import MetricsSampler, VolumeMetrics, VolumeStatistics
-from lhblock.engine._target import make_target, open_target
 from lhblock.engine._threads import run_metadata
 from lhblock.engine._views import SnapshotView, Views
 from lhblock.errors import NativeError, ReplicaError, UsageError, VolumeError
@@ -74,6 +74,8 @@ class Volume(Device):
             read_only=config.read_only,
             direct=bool(store_flags & STORE_DIRECT),
         )
+        self._engine = engine
+        self._store_flags = store_flags
         self._nursery = nursery
         self._out_of_space = 0
         self._metrics = MetricsSampler(native.statistics())
@@ -88,10 +90,8 @@ class Volume(Device):
         )
         self._snapshots = SnapshotTree(
             config.name,
-            engine.native,
             native,
             self._replicas,
-            store_flags=store_flags,
             limits=config.limits,
             users=self._users,
             changed=self._tree_changed,
@@ -108,18 +108,15 @@ class Volume(Device):
         )
         self._rebuilder = Rebuilder(
             config.name,
-            engine.native,
             native,
             self._replicas,
             self._snapshots,
-            store_flags=store_flags,
             options=config.rebuild,
             changed=self._tree_changed,
         )
         self._merger = Merger(
             config.name,
             self._replicas,
-            native,
             self._snapshots.lock,
             pinned=lambda: self._views.pinned() | self._rebuilder.pinned(),
         )
@@ -213,32 +210,35 @@ class Volume(Device):
         Cancelled before the directory is made: nothing was done. After that it is carried through.
         """
         self._refuse_read_only("add a replica")
-        known = self._replicas.find(path)
+        known = self._find(path)
         if known is not None and known.state is not MemberState.LEFT:
             raise UsageError(f"volume {self.name}: {path} is one of its replicas already")
         if known is None and len(self._replicas.members) >= STORES_MAX:
             raise UsageError(f"volume {self.name} has {STORES_MAX} replicas, the most there can be")
         first = self._replicas.first
+        member = known or LocalMember(path, self._engine.native, self._store_flags)
 
         def make() -> None:
-            make_target(
-                path,
-                like=first.generation,
-                size_bytes=self.size_bytes,
-                encrypted=first.directory.encrypted,
+            member.make_target(
+                first.generation, size_bytes=self.size_bytes, encrypted=first.records.encrypted
             )
 
         def mark() -> None:
-            others = [member.generation.replica_id for member in self._replicas.usable]
-            open_target(path, first, others, force=force).close()
+            member.open_target(
+                first.generation,
+                size_bytes=first.records.size_bytes,
+                others=[each.generation.replica_id for each in self._replicas.usable],
+                force=force,
+            )
+            member.close(clean=True)
 
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await run_metadata(make)
             if not rebuild:
                 await run_metadata(mark)
-        member = known or Member(path, None, "waits for its rebuild")
         if known is None:
+            member.error = "waits for its rebuild"
             self._replicas.add(member)
         if rebuild:
             self._rebuilder.request(member, force=force)
@@ -252,7 +252,7 @@ class Volume(Device):
 
         Cancelled: the rebuild goes on.
         """
-        member = self._replicas.find(path)
+        member = self._find(path)
         if member is None:
             raise UsageError(f"volume {self.name} has no replica {path}")
         await self._rebuilder.wait(member)
@@ -267,7 +267,7 @@ class Volume(Device):
         Cancelled before it is taken out: nothing was done.
         """
         self._refuse_read_only("remove a replica")
-        member = self._replicas.find(path)
+        member = self._find(path)
         if member is None:
             raise UsageError(f"volume {self.name} has no replica {path}")
         self._replicas.refuse_removal(member)
@@ -278,6 +278,12 @@ class Volume(Device):
                 self._rebuilder.forget(member)
                 await run_metadata(lambda: member.close(clean=False))
         log.info("replica removed", volume=self.name, replica=str(path))
+
+    def _find(self, path: Path) -> Member | None:
+        wanted = path.absolute()
+        return next(
+            (m for m in self._replicas.members if Path(m.address).absolute() == wanted), None
+        )
 
     # ---- Snapshots.
 
@@ -468,7 +474,7 @@ class Volume(Device):
                 continue
             reason = f"I/O at {event.offset_bytes}: {os.strerror(event.error)}"
             if member.state is MemberState.USABLE and self._replicas.usable == [member]:
-                self._replicas.fault(f"its last replica {member.path} failed: {reason}")
+                self._replicas.fault(f"its last replica {member.address} failed: {reason}")
             else:
                 if not self._replicas.note_failure(member, reason, by_core=True):
                     # Python dropped it for a reason of its own at the same moment.
@@ -560,26 +566,21 @@ async def _close_members(config: VolumeConfig, members: list[Member]) -> None:
     """Close every replica: those that take part cleanly, if they can still be synced."""
 
     def close(member: Member) -> None:
-        clean = member.state is MemberState.USABLE and not config.read_only
-        if clean:
-            try:
-                member.drop_side_layers(None)
-                member.store.sync()
-            except NativeError as error:
-                clean = False
-                log.error("sync", replica=str(member.path), reason=str(error))
-        member.close(clean=clean)
+        if member.state is MemberState.USABLE and not config.read_only:
+            member.close_synced()
+        else:
+            member.close(clean=False)
 
     for member in members:
         if member.opened:
             try:
                 await run_metadata(close, member)
-            except (ReplicaError, OSError) as error:
-                log.error("close", replica=str(member.path), reason=str(error))
+            except (ReplicaError, NativeError, OSError) as error:
+                log.error("close", replica=member.address, reason=str(error))
 
 
 async def _open_native(engine: Engine, config: VolumeConfig, members: list[Member]) -> NativeVolume:
-    size_bytes = next(m for m in members if m.state is MemberState.USABLE).directory.size_bytes
+    size_bytes = next(m for m in members if m.state is MemberState.USABLE).records.size_bytes
     flags = VOLUME_READ_ONLY if config.read_only else 0
     try:
         return await run_metadata(NativeVolume, engine.native, size_bytes, flags)
