@@ -56,6 +56,10 @@
 /* A queue that had something to do stays awake for so long before it sleeps:
  * waking an idle CPU costs more than the request that comes next. */
 #define LHB_AWAKE_NS 50000ull
+/* And for so long while the kernel has I/O of it.  Otherwise client and disk
+ * fall into step: all requests of a client go out together, their replies come
+ * back together, and one of the two always waits for the other. */
+#define LHB_AWAKE_IN_FLIGHT_NS 1000000ull
 
 #define LHB_RANGE_SHARDS 64
 #define LHB_RANGE_REGION_SHIFT 8        /* blocks: 1 MiB regions */

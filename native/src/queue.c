@@ -196,11 +196,14 @@ fire_timers (struct lhb_queue *queue)
 
 /* How long epoll may sleep: rounded up, so that it is not woken too early. */
 static int
-sleep_ms (const struct lhb_queue *queue, uint64_t awake_until_ns)
+sleep_ms (const struct lhb_queue *queue, uint64_t worked_at_ns)
 {
+  bool in_flight = queue->uring != NULL
+                   && lhb_uring_in_flight (queue->uring) > 0;
+  uint64_t awake_ns = in_flight ? LHB_AWAKE_IN_FLIGHT_NS : LHB_AWAKE_NS;
   uint64_t now_ns = lhb_now_ns (), ms;
 
-  if (now_ns < awake_until_ns || queue->next_deadline_ns <= now_ns)
+  if (now_ns - worked_at_ns < awake_ns || queue->next_deadline_ns <= now_ns)
     return 0;
   if (queue->next_deadline_ns == UINT64_MAX)
     return -1;
@@ -298,7 +301,7 @@ queue_main (void *argument)
   struct lhb_queue *queue = argument;
   struct epoll_event events[LHB_EPOLL_EVENTS];
 
-  uint64_t awake_until_ns = 0;
+  uint64_t worked_at_ns = 0;
 
   current_queue = queue;
   while (!queue->stopping)
@@ -308,7 +311,7 @@ queue_main (void *argument)
                   || (queue->uring != NULL
                       && lhb_uring_unsubmitted (queue->uring) > 0);
       int count = epoll_wait (queue->epoll_fd, events, LHB_EPOLL_EVENTS,
-                              busy ? 0 : sleep_ms (queue, awake_until_ns));
+                              busy ? 0 : sleep_ms (queue, worked_at_ns));
 
       if (count == -1 && errno != EINTR)
         abort ();
@@ -321,7 +324,7 @@ queue_main (void *argument)
       if (count > 0)
         {
           take_inbox (queue);
-          awake_until_ns = lhb_now_ns () + LHB_AWAKE_NS;
+          worked_at_ns = lhb_now_ns ();
         }
       else if (!busy)
         (void) sched_yield ();  /* to whom this thread may be waiting for */
