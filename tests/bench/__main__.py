@@ -26,6 +26,12 @@ def matches() -> list[Match]:
     reads = [point for point in POINTS if not point.is_write]
     return [
         Match("unix", [*peers, lhblock("lhblock"), lhblock("lhblock x3", replicas=3)]),
+        Match(
+            "copies",
+            [lhblock("lhblock"), lhblock("lhblock x3", replicas=3)],
+            small,
+            image_divisor=3,
+        ),
         Match("tcp", [*peers, lhblock("lhblock")], tcp=True),
         Match(
             "direct",

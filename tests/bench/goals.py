@@ -30,7 +30,9 @@ class Goal:
 
 def goals(document: Mapping[str, Any]) -> list[Goal]:
     """The goals whose tables were run."""
-    return [goal for part in (_peers, _direct, _depth, _idle, _map) for goal in part(document)]
+    return [
+        goal for part in (_peers, _copies, _direct, _depth, _idle, _map) for goal in part(document)
+    ]
 
 
 def _iops(table: Mapping[str, Any], contestant: str, point: str) -> float:
@@ -52,6 +54,12 @@ def _peers(document: Mapping[str, Any]) -> Iterator[Goal]:
     for point in ("read-1m-8", "write-1m-8"):
         best = max(_iops(table, peer, point) for peer in PEERS)
         yield Goal(f"{point} to the best peer", _iops(table, "lhblock", point) / best, 1.0)
+
+
+def _copies(document: Mapping[str, Any]) -> Iterator[Goal]:
+    table = document["matches"].get("copies")
+    if table is None:
+        return
     point = "randwrite-4k-32"
     ratio = _iops(table, "lhblock x3", point) / _iops(table, "lhblock", point)
     yield Goal(f"{point}, three replicas to one", ratio, 0.45)
