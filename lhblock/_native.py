@@ -39,6 +39,7 @@ STORE_READ_ONLY = 2
 PEER_OURS = 1
 STORE_WRITE_ONLY = 4
 UNIT_BYTES = 1 << 20
+UNIT_MAP_BYTES = 32
 VOLUME_READ_ONLY = 1
 IO_FUA = 1
 IO_NO_HOLE = 2
@@ -213,6 +214,7 @@ def _module() -> Any:
         "LHB_PEER_OURS": PEER_OURS,
         "LHB_STORE_WRITE_ONLY": STORE_WRITE_ONLY,
         "LHB_UNIT_BYTES": UNIT_BYTES,
+        "LHB_UNIT_MAP_BYTES": UNIT_MAP_BYTES,
         "LHB_VOLUME_READ_ONLY": VOLUME_READ_ONLY,
         "LHB_IO_FUA": IO_FUA,
         "LHB_IO_NO_HOLE": IO_NO_HOLE,
@@ -565,6 +567,36 @@ class NativeUnit(_Handle):
     def hash(self, *, shape_only: bool = False) -> int:
         """Hash of what it says; of which blocks there are and are discarded with ``shape_only``."""
         return int(self._lib.lhb_unit_hash(self.raw, int(shape_only)))
+
+    def pack(self) -> tuple[bytes, bytes, bytes]:
+        """For the way to another host: which blocks there are, are discarded, and their data."""
+        ffi = _module().ffi
+        has, discarded = bytearray(UNIT_MAP_BYTES), bytearray(UNIT_MAP_BYTES)
+        data = bytearray(UNIT_BYTES)
+        length_bytes = self._lib.lhb_unit_pack(
+            self.raw,
+            *(ffi.from_buffer("uint8_t[]", each) for each in (has, discarded)),
+            ffi.from_buffer(data),
+        )
+        return bytes(has), bytes(discarded), bytes(memoryview(data)[:length_bytes])
+
+    def unpack(self, has: Buffer, discarded: Buffer, data: Buffer) -> None:
+        """Become what :meth:`pack` said elsewhere.
+
+        Raises:
+          ValueError: the parts do not go together; the unit is what it was.
+        """
+        if len(has) != UNIT_MAP_BYTES or len(discarded) != UNIT_MAP_BYTES:
+            raise ValueError(f"maps of {len(has)} and {len(discarded)} bytes")
+        ffi = _module().ffi
+        result = self._lib.lhb_unit_unpack(
+            self.raw,
+            *(ffi.from_buffer("uint8_t[]", each) for each in (has, discarded)),
+            ffi.from_buffer(data),
+            len(data),
+        )
+        if result < 0:
+            raise ValueError(f"{len(data)} bytes of data do not go with the map")
 
 
 class NativePeer(_Handle):

@@ -9,7 +9,7 @@
     ├ ReplicaError(replica)           something about one replica directory
     │   ├ ReplicaNotFound · ReplicaForeign · ReplicaDamaged · ReplicaLocked
     │   ├ ReplicaUnsupported (ReplicaNoExtents)
-    │   └ ReplicaStale · ReplicaIO
+    │   └ ReplicaStale · ReplicaIO · ReplicaUnreachable
     ├ FrontendError                   listening, handshakes
     ├ DeviceError                     attaching to this host: block devices, file systems on them
     │   └ DeviceUnavailable · DeviceBusy · DeviceForeign · NotAttached · NotBlank
@@ -125,6 +125,10 @@ class ReplicaStale(ReplicaError):
 
 class ReplicaIO(ReplicaError):
     """A system call on the directory failed."""
+
+
+class ReplicaUnreachable(ReplicaError):
+    """The process that serves it does not answer, or not in time. What it was asked may be done."""
 
 
 class FrontendError(LhblockError):

@@ -24,6 +24,7 @@ SOCKET_PATH_BYTES_MAX = 107
 # One PiB; the engine refuses more.
 VOLUME_BYTES_MAX = 1 << 50
 NBD_PORT = 10809
+REMOTE_SCHEME = "tcp://"
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 # run/<name>.sock must not be the NBD socket or a control socket.
@@ -44,6 +45,17 @@ class Listen:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class RemoteAddress:
+    """Where a replica process answers control calls: ``tcp://HOST:PORT``."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{REMOTE_SCHEME}{Listen(self.host, self.port)}"
 
 
 @dataclass(frozen=True)
@@ -232,6 +244,28 @@ def parse_listen(text: str) -> Listen:
             f" [::1]:{NBD_PORT}"
         )
     return Listen(host, int(port))
+
+
+def parse_replica(text: str, directory: Path) -> Path | RemoteAddress:
+    """Return where a replica is: a directory, or ``tcp://HOST:PORT`` of a replica process.
+
+    Args:
+      directory: what relative paths are taken from.
+
+    Raises:
+      UsageError: an address without a host or a port, or of another kind.
+    """
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return directory / text
+    if f"{scheme}://" == REMOTE_SCHEME:
+        host, _, port = rest.rpartition(":")
+        host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536:
+            return RemoteAddress(host, int(port))
+    raise UsageError(
+        f"invalid replica {text!r}: give a directory, or tcp://HOST:PORT of an 'lhblock replica'"
+    )
 
 
 def parse_labels(pairs: tuple[str, ...] | list[str]) -> dict[str, str]:

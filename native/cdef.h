@@ -282,6 +282,16 @@ int64_t lhb_unit_write (lhb_store *store, int layer, uint64_t offset_bytes,
                         lhb_unit *unit, int empty);
 /* Which blocks it has and has discarded, and unless 'shape_only' its data. */
 uint64_t lhb_unit_hash (const lhb_unit *unit, int shape_only);
+/* For the way to another host: the two maps, LHB_UNIT_MAP_BYTES each, and the
+ * blocks of the first one after the other, in a buffer of LHB_UNIT_BYTES.
+ * Returns the length of the latter. */
+#define LHB_UNIT_MAP_BYTES 32
+int64_t lhb_unit_pack (const lhb_unit *unit, uint8_t *has, uint8_t *discarded,
+                       char *data);
+/* The other way.  EINVAL: the length is not that of the blocks. */
+int lhb_unit_unpack (lhb_unit *unit, const uint8_t *has,
+                     const uint8_t *discarded, const char *data,
+                     uint64_t length_bytes);
 /* Before the first write to a layer: it becomes ours and gets this size. */
 int lhb_unit_begin (lhb_store *store, int layer, uint64_t size_bytes);
 int lhb_unit_sync (lhb_store *store, int layer);

@@ -76,6 +76,9 @@ class _LonghornCommand(click.Command):
 @click.option("--restore-from", default="", help="Accepted, unused.")
 @click.option("--restore-name", default="", help="Accepted, unused.")
 @click.option(
+    "--plain", is_flag=True, help="Answer only what Longhorn's replica does, also to our engines."
+)
+@click.option(
     "--cache", type=click.Choice(["writeback", "none"]), default="writeback", show_default=True
 )
 @click.option(
@@ -97,6 +100,7 @@ def replica(
     unmap_mark_disk_chain_removed: bool,
     encrypted: bool,
     backing_file: str,
+    plain: bool,
     cache: Any,
     driver: Any,
     queues: int,
@@ -132,6 +136,7 @@ def replica(
         snapshot_max_count=snapshot_max_count,
         snapshot_max_size=parse_size(snapshot_max_size),
         encrypted=encrypted,
+        plain=plain,
         cache=cache,
         driver=driver,
         queues=queues,

@@ -5,13 +5,15 @@ Nothing here knows of sockets being listened on or of text for terminals.
 
 from __future__ import annotations
 
-from lhblock._native import CloseReason
+from lhblock._native import MERGE_STEP_BYTES, UNIT_BYTES, CloseReason, NativeUnit
+from lhblock.engine._alignment import Alignment
 from lhblock.engine._calls import Calls
 from lhblock.engine._config import (
     CacheMode,
     DriverChoice,
     EngineOptions,
     RebuildOptions,
+    RemoteLimits,
     VolumeConfig,
 )
 from lhblock.engine._device import Connection, Device
@@ -23,6 +25,7 @@ from lhblock.engine._driven import (
     open_driven,
 )
 from lhblock.engine._engine import Engine, open_engine
+from lhblock.engine._hosted import HostedDevice, HostedReplica
 from lhblock.engine._info import (
     JobInfo,
     RebuildInfo,
@@ -32,12 +35,20 @@ from lhblock.engine._info import (
     SnapshotInfo,
 )
 from lhblock.engine._limits import SnapshotLimits
+from lhblock.engine._local_member import LocalMember
+from lhblock.engine._member import LayerDamage, MergeKind
 from lhblock.engine._opening import create_replicas
+from lhblock.engine._remote_member import RemoteMember
 from lhblock.engine._statistics import VolumeMetrics, VolumeStatistics
+from lhblock.engine._target import probe
+from lhblock.engine._threads import run_copy, run_fence, run_metadata
 from lhblock.engine._views import SnapshotView
 from lhblock.engine._volume import Volume
 
 __all__ = [
+    "MERGE_STEP_BYTES",
+    "UNIT_BYTES",
+    "Alignment",
     "CacheMode",
     "Calls",
     "CloseReason",
@@ -47,9 +58,17 @@ __all__ = [
     "DriverChoice",
     "Engine",
     "EngineOptions",
+    "HostedDevice",
+    "HostedReplica",
     "JobInfo",
+    "LayerDamage",
+    "LocalMember",
+    "MergeKind",
+    "NativeUnit",
     "RebuildInfo",
     "RebuildOptions",
+    "RemoteLimits",
+    "RemoteMember",
     "ReplicaDisk",
     "ReplicaFound",
     "ReplicaInfo",
@@ -66,4 +85,8 @@ __all__ = [
     "create_replicas",
     "open_driven",
     "open_engine",
+    "probe",
+    "run_copy",
+    "run_fence",
+    "run_metadata",
 ]

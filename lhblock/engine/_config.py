@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 from lhblock._native import BLOCK_BYTES, STORES_MAX
 from lhblock.engine._limits import SnapshotLimits
 from lhblock.errors import SizeError, UsageError
+from lhblock.settings import RemoteAddress
 
 DriverChoice: TypeAlias = Literal["auto", "io_uring", "pool"]
 CacheMode: TypeAlias = Literal["writeback", "none"]
@@ -74,29 +75,63 @@ class RebuildOptions:
 
 
 @dataclass(frozen=True)
+class RemoteLimits:
+    """How long an engine waits for a replica of another process.
+
+    Attributes:
+      reply_timeout_ms: a read or write without an answer for so long ends the replica, 1000 or
+        more.
+      connect_timeout_s: for a data connection.
+      call_timeout_s: for a call that something waits for: a generation, the switch of a head.
+      long_timeout_s: for a call that reads or syncs what may be much.
+      ping_s: how often a process is asked whether it is there while a call goes on; one that does
+        not answer for as long again is gone.
+
+    Raises:
+      UsageError: a value is out of range.
+    """
+
+    reply_timeout_ms: int = 8000
+    connect_timeout_s: float = 5.0
+    call_timeout_s: float = 8.0
+    long_timeout_s: float = 900.0
+    ping_s: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 1000 <= self.reply_timeout_ms <= 3_600_000:
+            raise UsageError(
+                f"reply time-out {self.reply_timeout_ms} ms: choose 1000 to 3600000 milliseconds"
+            )
+        if min(self.connect_timeout_s, self.call_timeout_s, self.long_timeout_s, self.ping_s) <= 0:
+            raise UsageError("time-outs are longer than 0 s")
+
+
+@dataclass(frozen=True)
 class VolumeConfig:
     """A volume to open.
 
     Attributes:
       name: for messages and events; 1 to 64 of letters, digits, ``.``, ``_``, ``-``.
-      replicas: 1 to 8 replica directories, which exist.
+      replicas: 1 to 8 replica directories, which exist, or addresses of replica processes.
       size_bytes: what the caller expects, or None to take what the replicas say.
       cache: ``writeback`` uses the page cache; ``none`` opens files with O_DIRECT.
       read_only: opens directories with a shared lock and writes nothing, metadata included.
       limits: of the snapshots.
       rebuild: how replicas are rebuilt.
+      remote: how long to wait for replica processes.
 
     Raises:
       UsageError: a value that cannot be.
     """
 
     name: str
-    replicas: Sequence[Path]
+    replicas: Sequence[Path | RemoteAddress]
     size_bytes: int | None = None
     cache: CacheMode = "writeback"
     read_only: bool = False
     limits: SnapshotLimits = field(default_factory=SnapshotLimits)
     rebuild: RebuildOptions = field(default_factory=RebuildOptions)
+    remote: RemoteLimits = field(default_factory=RemoteLimits)
 
     def __post_init__(self) -> None:
         check_volume_name(self.name)
@@ -106,11 +141,12 @@ class VolumeConfig:
             )
         if self.cache not in ("writeback", "none"):
             raise UsageError(f"cache mode {self.cache!r}: choose writeback or none")
-        seen: set[Path] = set()
-        for path in self.replicas:
-            if path.absolute() in seen:
-                raise UsageError(f"volume {self.name}: replica {path} is given twice")
-            seen.add(path.absolute())
+        seen: set[Path | RemoteAddress] = set()
+        for place in self.replicas:
+            key = place.absolute() if isinstance(place, Path) else place
+            if key in seen:
+                raise UsageError(f"volume {self.name}: replica {place} is given twice")
+            seen.add(key)
         if self.size_bytes is not None:
             check_size(self.name, self.size_bytes)
 

@@ -159,21 +159,19 @@ class LayerCopy:
                         await run_copy(self._note, self.done_before_bytes, note)
 
     def _copy_batch(self, unit: NativeUnit, batch: Sequence[int]) -> None:
-        for offset in batch:
-            if self._plan.same_data and self._same_shape(unit, offset):
-                continue
+        for offset in self._differing_shapes(unit, batch) if self._plan.same_data else batch:
             self._source.read_unit(self._image, offset, unit)
             self._hashes[offset] = unit.hash()
             self.copied_bytes += self._target.write_unit(
                 self._image, offset, unit, empty=offset in self._plan.empty
             )
 
-    def _same_shape(self, unit: NativeUnit, offset: int) -> bool:
-        shapes = [
-            member.hash_unit(self._image, offset, unit, shape_only=True)
+    def _differing_shapes(self, unit: NativeUnit, batch: Sequence[int]) -> list[int]:
+        theirs, ours = (
+            member.hash_units(self._image, batch, unit, shape_only=True)
             for member in (self._source, self._target)
-        ]
-        return shapes[0] == shapes[1]
+        )
+        return [at for at, *shapes in zip(batch, theirs, ours, strict=True) if len(set(shapes)) > 1]
 
     def _note(self, before_bytes: int, note: Callable[[int], None]) -> None:
         self._target.sync_units(self._image)
@@ -212,11 +210,12 @@ class LayerCopy:
             self._failure = self._failure or error
 
     def _verify_batch(self, unit: NativeUnit, batch: Sequence[int]) -> None:
-        for offset in batch:
-            wanted = self._hashes.get(offset)
-            if wanted is None:
-                wanted = self._source.hash_unit(self._image, offset, unit)
-            found = self._target.hash_unit(self._image, offset, unit)
+        unknown = [offset for offset in batch if offset not in self._hashes]
+        hashes = self._source.hash_units(self._image, unknown, unit) if unknown else ()
+        self._hashes.update(zip(unknown, hashes, strict=True))
+        found_hashes = self._target.hash_units(self._image, batch, unit)
+        for offset, found in zip(batch, found_hashes, strict=True):
+            wanted = self._hashes[offset]
             if found != wanted:
                 raise ReplicaDamaged(
                     self._target.address,

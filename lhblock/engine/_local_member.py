@@ -61,9 +61,14 @@ class LocalMember(Member):
         self._switched = False
         self._promoted: tuple[NativeStore, dict[str, int]] | None = None
         self._replaced: list[NativeStore] = []
+        self._lent: dict[str, tuple[NativeStore, int]] = {}
         self._layers: dict[str, int] = {}  # side layers included
         self._side_images: set[str] = set()  # those that are not in the live chain
         self._epoch = 0  # changes when layer ids become void
+
+    @property
+    def key(self) -> str:
+        return str(self.path.absolute())
 
     @property
     def opened(self) -> bool:
@@ -87,6 +92,9 @@ class LocalMember(Member):
     def store(self) -> NativeStore:
         assert self._store is not None, self.path
         return self._store
+
+    def why_failed(self, error: int, offset_bytes: int) -> str:
+        return f"I/O at {offset_bytes}: {os.strerror(error)}"
 
     @property
     def switched(self) -> bool:
@@ -171,6 +179,7 @@ class LocalMember(Member):
 
     def close(self, *, clean: bool) -> None:
         self.release_replaced()
+        self.return_layers()
         self.abandon_promotion()
         self._pending = None
         store, self._store = self._store, None
@@ -209,7 +218,14 @@ class LocalMember(Member):
         return LayerSize(state.st_size, state.st_blocks * 512)
 
     def layer_sizes(self) -> Mapping[str, LayerSize]:
-        return {image: self.layer_size(image) for image in self.directory.disks}
+        sizes = {}
+        for image in list(self.directory.disks):
+            try:
+                sizes[image] = self.layer_size(image)
+            except ReplicaIO:
+                if image in self.directory.disks:
+                    raise  # else it has gone in this moment
+        return sizes
 
     def modified_ns(self, image: str) -> int:
         """When a layer's file was last written, in nanoseconds since the epoch."""
@@ -446,28 +462,56 @@ class LocalMember(Member):
 
     def begin_units(self, image: str, size_bytes: int) -> None:
         with self._doing("prepare", image):
-            self.store.begin_units(self._layers[image], size_bytes)
+            store, layer = self._unit_layer(image)
+            store.begin_units(layer, size_bytes)
 
     def read_unit(self, image: str, offset_bytes: int, unit: NativeUnit) -> None:
         with self._doing("read", image):
-            self.store.read_unit(self._layers[image], offset_bytes, unit)
+            store, layer = self._unit_layer(image)
+            store.read_unit(layer, offset_bytes, unit)
 
-    def hash_unit(
-        self, image: str, offset_bytes: int, unit: NativeUnit, *, shape_only: bool = False
-    ) -> int:
-        self.read_unit(image, offset_bytes, unit)
-        return unit.hash(shape_only=shape_only)
+    def hash_units(
+        self,
+        image: str,
+        offsets_bytes: Sequence[int],
+        unit: NativeUnit,
+        *,
+        shape_only: bool = False,
+    ) -> Sequence[int]:
+        hashes = []
+        for offset_bytes in offsets_bytes:
+            self.read_unit(image, offset_bytes, unit)
+            hashes.append(unit.hash(shape_only=shape_only))
+        return hashes
 
     def write_unit(self, image: str, offset_bytes: int, unit: NativeUnit, *, empty: bool) -> int:
         with self._doing("write", image):
-            return self.store.write_unit(self._layers[image], offset_bytes, unit, empty=empty)
+            store, layer = self._unit_layer(image)
+            return store.write_unit(layer, offset_bytes, unit, empty=empty)
 
     def sync_units(self, image: str) -> None:
         with self._doing("sync", image):
-            self.store.sync_units(self._layers[image])
+            store, layer = self._unit_layer(image)
+            store.sync_units(layer)
 
-    def make_equal(self, image: str, source: Member, source_image: str) -> int:
-        assert isinstance(source, LocalMember)
+    def lend_layer(self, image: str) -> None:
+        if image not in self._lent:
+            store, layers = self._open_chain([image], self.directory.size_bytes, self._flags)
+            self._lent[image] = store, layers[image]
+
+    def return_layers(self) -> None:
+        while self._lent:
+            self._lent.popitem()[1][0].close()
+
+    def _unit_layer(self, image: str) -> tuple[NativeStore, int]:
+        return self._lent.get(image) or (self.store, self._layers[image])
+
+    def reconcile(self, image: str, source: LocalMember, source_image: str) -> int:
+        """Make any layer, the head too, equal to one of another directory; neither serves.
+
+        Returns:
+          Bytes changed. :meth:`reopen_store` must follow.
+        """
         return self.store.reconcile_layer(
             self._layers[image], source.store, source._layers[source_image]
         )

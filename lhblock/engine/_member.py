@@ -117,6 +117,11 @@ class Member(ABC):
     # ---- What is known of it without asking.
 
     @property
+    def key(self) -> str:
+        """What two spellings of one address have in common."""
+        return self.address
+
+    @property
     @abstractmethod
     def opened(self) -> bool:
         """Whether it is open."""
@@ -157,6 +162,10 @@ class Member(ABC):
         Raises:
           ReplicaError: there is no such layer (any more).
         """
+
+    @abstractmethod
+    def why_failed(self, error: int, offset_bytes: int) -> str:
+        """What to say of a failure of the store that the core reported; ``error`` is an errno."""
 
     @property
     @abstractmethod
@@ -476,10 +485,15 @@ class Member(ABC):
         """Read a unit of a frozen layer. Several threads may."""
 
     @abstractmethod
-    def hash_unit(
-        self, image: str, offset_bytes: int, unit: NativeUnit, *, shape_only: bool = False
-    ) -> int:
-        """Hash of a unit of a frozen layer. Several threads may.
+    def hash_units(
+        self,
+        image: str,
+        offsets_bytes: Sequence[int],
+        unit: NativeUnit,
+        *,
+        shape_only: bool = False,
+    ) -> Sequence[int]:
+        """Hashes of some units of a frozen layer. Several threads may.
 
         Args:
           unit: memory to work with.
@@ -499,12 +513,12 @@ class Member(ABC):
         """Put what was written to a frozen layer on stable storage."""
 
     @abstractmethod
-    def make_equal(self, image: str, source: Member, source_image: str) -> int:
-        """Make any layer, the head too, equal to one of another replica; neither serves.
+    def lend_layer(self, image: str) -> None:
+        """Let the calls above have any layer, the head too, while nothing serves it."""
 
-        Returns:
-          Bytes changed. :meth:`reopen_store` must follow.
-        """
+    @abstractmethod
+    def return_layers(self) -> None:
+        """That is over. What was written shows after :meth:`reopen_store`."""
 
     @abstractmethod
     def read_progress(self) -> RebuildProgress:

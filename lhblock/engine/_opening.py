@@ -16,18 +16,17 @@ from typing import TypeVar
 import structlog
 import trio
 
-from lhblock._native import (
-    STORE_DIRECT,
-    STORE_READ_ONLY,
-    NativeEngine,
-)
+from lhblock._native import NativeEngine
 from lhblock.engine._agreement import agree
 from lhblock.engine._clock import utc_now
-from lhblock.engine._config import VolumeConfig, check_size
+from lhblock.engine._config import RemoteLimits, VolumeConfig, check_size
+from lhblock.engine._equal import make_equal
 from lhblock.engine._generations import leave_behind
-from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import Member, MemberState, sentence
 from lhblock.engine._merge import merge_all_below, unlink_removed_leaves
+from lhblock.engine._peer_client import EngineIdentity
+from lhblock.engine._places import Members, Place
+from lhblock.engine._remote_member import RemoteCreator
 from lhblock.engine._target import probe
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import (
@@ -53,43 +52,65 @@ T = TypeVar("T")
 
 
 async def create_replicas(
-    volume: str, paths: Sequence[Path], size_bytes: int, *, encrypted: bool = False
+    volume: str,
+    places: Sequence[Place],
+    size_bytes: int,
+    *,
+    encrypted: bool = False,
+    remote: RemoteLimits | None = None,
 ) -> None:
-    """Make the replica directories of a new volume, all of them or none.
+    """Make the replicas of a new volume, all of them or none.
 
     Args:
-      volume: its name, for messages.
-      paths: directories that do not exist or are empty; their parents exist.
+      volume: its name.
+      places: directories that do not exist or are empty, with parents that exist; or processes
+        whose replica does not exist yet.
       size_bytes: of the volume.
       encrypted: noted for Longhorn: the content will be a LUKS volume.
+      remote: how long to wait for processes.
 
     Raises:
       SizeError: the size cannot be.
-      ReplicaError: a directory could not be made; those already made are removed again.
+      ReplicaError: a replica could not be made; those already made are removed again.
 
     Cancelled: carried through, like an error, by removing what was made.
     """
     check_size(volume, size_bytes)
-    generations = new_set(len(paths), time=utc_now())
+    generations = new_set(len(places), time=utc_now())
+    limits, identity = remote or RemoteLimits(), EngineIdentity()
+
+    def create_one(place: Place, generation: Generation) -> Callable[[], None]:
+        if isinstance(place, Path):
+            ReplicaDirectory.create(
+                place,
+                size_bytes=size_bytes,
+                generation=generation,
+                encrypted=encrypted,
+                probe=probe,
+            )
+            return lambda: _remove_new(place)
+        creator = RemoteCreator(place, identity, limits, volume)
+        creator.create(generation, size_bytes=size_bytes, encrypted=encrypted)
+        return lambda: creator.uncreate(generation)
 
     def create() -> None:
-        made: list[Path] = []
+        made: list[Callable[[], None]] = []
         try:
-            for path, generation in zip(paths, generations, strict=True):
-                ReplicaDirectory.create(
-                    path,
-                    size_bytes=size_bytes,
-                    generation=generation,
-                    encrypted=encrypted,
-                    probe=probe,
-                )
-                made.append(path)
+            for place, generation in zip(places, generations, strict=True):
+                made.append(create_one(place, generation))
         except LhblockError:
-            for path in made:
-                _remove_new(path)
+            for remove in made:
+                _undo(remove)
             raise
 
     await run_metadata(create)
+
+
+def _undo(remove: Callable[[], None]) -> None:
+    try:
+        remove()
+    except LhblockError as error:
+        log.warning("a new replica stays", reason=str(error))
 
 
 def _remove_new(path: Path) -> None:
@@ -109,18 +130,15 @@ class Opening:
     Args:
       config: the volume.
       engine: the C engine.
+
+    Attributes:
+      maker: makes members of this volume.
     """
 
     def __init__(self, config: VolumeConfig, engine: NativeEngine) -> None:
         self._config = config
-        self._engine = engine
+        self.maker = Members(engine, config)
         self.members: list[Member] = []
-
-    @property
-    def store_flags(self) -> int:
-        """How stores are opened."""
-        flags = STORE_DIRECT if self._config.cache == "none" else 0
-        return flags | (STORE_READ_ONLY if self._config.read_only else 0)
 
     @property
     def _usable(self) -> list[Member]:
@@ -165,12 +183,12 @@ class Opening:
                     log.warning("close", replica=member.address, reason=error.sentence)
 
     async def _open_directories(self) -> None:
-        opened: dict[Path, Member] = {}
+        opened: dict[Place, Member] = {}
         errors: list[ReplicaError] = []
         read_only = self._config.read_only
 
-        async def open_one(path: Path) -> None:
-            member = opened[path] = LocalMember(path, self._engine, self.store_flags)
+        async def open_one(place: Place) -> None:
+            member = opened[place] = self.maker.make(place)
             try:
                 await run_metadata(partial(member.open, read_only=read_only))
                 member.state = MemberState.USABLE
@@ -179,9 +197,9 @@ class Opening:
                 member.error = error.sentence
 
         async with trio.open_nursery() as nursery:
-            for path in self._config.replicas:
-                nursery.start_soon(open_one, path)
-        self.members = [opened[path] for path in self._config.replicas]
+            for place in self._config.replicas:
+                nursery.start_soon(open_one, place)
+        self.members = [opened[place] for place in self._config.replicas]
         for error in errors:
             if isinstance(error, ReplicaLocked):
                 raise VolumeBusy(self._config.name, str(error)) from error
@@ -325,7 +343,7 @@ class Opening:
                 merge_all_below(member, head.parent)
             merge_all_below(member, head.name)
 
-        def make_equal(member: Member) -> int:
+        def repair(member: Member) -> int:
             if member is source:
                 return 0
             changed_bytes = 0
@@ -334,7 +352,7 @@ class Opening:
             if torn_snapshot and below and below == source_below:
                 pairs.insert(0, (below, source_below))
             for image, source_image in pairs:
-                changed_bytes += member.make_equal(image, source, source_image)
+                changed_bytes += make_equal(member, image, source, source_image)
             # Also when no byte changed: a hole that read as zeros may have become data.
             member.reopen_store()
             return changed_bytes
@@ -351,7 +369,7 @@ class Opening:
             if member is source or member.state is not MemberState.USABLE:
                 continue
             try:
-                changed_bytes = await run_metadata(make_equal, member)
+                changed_bytes = await run_metadata(repair, member)
             except (LhblockError, OSError) as error:
                 await self._leave(member, sentence(error))
                 continue

@@ -280,8 +280,8 @@ class ReplicaSet:
         self.members.append(member)
 
     def find(self, address: str) -> Member | None:
-        """The member of an address."""
-        return next((m for m in self.members if m.address == address), None)
+        """The member of an address; of a directory, its absolute path."""
+        return next((m for m in self.members if m.key == address), None)
 
     def refuse_removal(self, member: Member) -> None:
         """Raises VolumeBusy if a member is the last usable one."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -30,10 +28,10 @@ from lhblock.engine._info import (
     VolumeState,
 )
 from lhblock.engine._limits import SnapshotLimits
-from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import Member, MemberState
 from lhblock.engine._merge import Merger
 from lhblock.engine._opening import Opening
+from lhblock.engine._places import Members, Place, address_of
 from lhblock.engine._rebuild import Rebuilder
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._scrub import Scrubber
@@ -65,17 +63,16 @@ class Volume(Device):
         native: NativeVolume,
         members: list[Member],
         *,
-        store_flags: int,
+        maker: Members,
         nursery: trio.Nursery,
     ) -> None:
         super().__init__(
             native,
             name=config.name,
             read_only=config.read_only,
-            direct=bool(store_flags & STORE_DIRECT),
+            direct=bool(maker.store_flags & STORE_DIRECT),
         )
-        self._engine = engine
-        self._store_flags = store_flags
+        self._maker = maker
         self._nursery = nursery
         self._out_of_space = 0
         self._metrics = MetricsSampler(native.statistics())
@@ -101,7 +98,7 @@ class Volume(Device):
             engine.native,
             self._replicas,
             self._snapshots.lock,
-            store_flags=store_flags,
+            store_flags=maker.store_flags,
             add_device=engine.add_device,
             remove_device=engine.remove_device,
             changed=self._tree_changed,
@@ -194,12 +191,12 @@ class Volume(Device):
 
     # ---- Replicas.
 
-    async def add_replica(self, path: Path, *, force: bool = False, rebuild: bool = True) -> None:
+    async def add_replica(self, place: Place, *, force: bool = False, rebuild: bool = True) -> None:
         """Add a replica, or bring one back that takes no part; it is rebuilt in the background.
 
         Args:
-          path: a directory that does not exist or is empty, or holds a replica of this volume that
-            was away. It may be one that is configured.
+          place: a directory that does not exist or is empty, or holds a replica of this volume
+            that was away; or a process that has the same. It may be one that is configured.
           force: overwrite whatever replica it holds.
           rebuild: False only prepares it, for a process that opens the volume later.
 
@@ -210,13 +207,13 @@ class Volume(Device):
         Cancelled before the directory is made: nothing was done. After that it is carried through.
         """
         self._refuse_read_only("add a replica")
-        known = self._find(path)
+        known = self._find(place)
         if known is not None and known.state is not MemberState.LEFT:
-            raise UsageError(f"volume {self.name}: {path} is one of its replicas already")
+            raise UsageError(f"volume {self.name}: {place} is one of its replicas already")
         if known is None and len(self._replicas.members) >= STORES_MAX:
             raise UsageError(f"volume {self.name} has {STORES_MAX} replicas, the most there can be")
         first = self._replicas.first
-        member = known or LocalMember(path, self._engine.native, self._store_flags)
+        member = known or self._maker.make(place)
 
         def make() -> None:
             member.make_target(
@@ -243,7 +240,7 @@ class Volume(Device):
         if rebuild:
             self._rebuilder.request(member, force=force)
 
-    async def wait_rebuilt(self, path: Path) -> None:
+    async def wait_rebuilt(self, place: Place) -> None:
         """Wait until a replica takes part, over as many attempts as it takes.
 
         Raises:
@@ -252,12 +249,12 @@ class Volume(Device):
 
         Cancelled: the rebuild goes on.
         """
-        member = self._find(path)
+        member = self._find(place)
         if member is None:
-            raise UsageError(f"volume {self.name} has no replica {path}")
+            raise UsageError(f"volume {self.name} has no replica {place}")
         await self._rebuilder.wait(member)
 
-    async def remove_replica(self, path: Path) -> None:
+    async def remove_replica(self, place: Place) -> None:
         """Take a replica out of the volume. Its directory stays as it is, and is stale from now on.
 
         Raises:
@@ -267,9 +264,9 @@ class Volume(Device):
         Cancelled before it is taken out: nothing was done.
         """
         self._refuse_read_only("remove a replica")
-        member = self._find(path)
+        member = self._find(place)
         if member is None:
-            raise UsageError(f"volume {self.name} has no replica {path}")
+            raise UsageError(f"volume {self.name} has no replica {place}")
         self._replicas.refuse_removal(member)
         await self._rebuilder.interrupt()
         with trio.CancelScope(shield=True):
@@ -277,13 +274,10 @@ class Volume(Device):
                 await self._replicas.remove(member)
                 self._rebuilder.forget(member)
                 await run_metadata(lambda: member.close(clean=False))
-        log.info("replica removed", volume=self.name, replica=str(path))
+        log.info("replica removed", volume=self.name, replica=str(place))
 
-    def _find(self, path: Path) -> Member | None:
-        wanted = path.absolute()
-        return next(
-            (m for m in self._replicas.members if Path(m.address).absolute() == wanted), None
-        )
+    def _find(self, place: Place) -> Member | None:
+        return self._replicas.find(address_of(place))
 
     # ---- Snapshots.
 
@@ -462,7 +456,7 @@ class Volume(Device):
     def on_event(self, event: Event) -> None:
         """Take an event of the core. Never blocks."""
         super().on_event(event)
-        if event.type == EventType.STORE_FAILED:
+        if event.type in (EventType.STORE_FAILED, EventType.LAST_PEER_LOST):
             self._store_failed(event)
         elif event.type == EventType.OUT_OF_SPACE:
             self._out_of_space += 1
@@ -472,7 +466,7 @@ class Volume(Device):
         for member in self._replicas.members:
             if not member.has_store or member.store.id != event.subject_id:
                 continue
-            reason = f"I/O at {event.offset_bytes}: {os.strerror(event.error)}"
+            reason = member.why_failed(event.error, event.offset_bytes)
             if member.state is MemberState.USABLE and self._replicas.usable == [member]:
                 self._replicas.fault(f"its last replica {member.address} failed: {reason}")
             else:
@@ -531,9 +525,7 @@ async def open_volume(engine: Engine, config: VolumeConfig) -> AsyncIterator[Vol
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
-            volume = Volume(
-                engine, config, native, members, store_flags=opening.store_flags, nursery=nursery
-            )
+            volume = Volume(engine, config, native, members, maker=opening.maker, nursery=nursery)
             engine.add_device(volume)
             native_id = volume.native_id
             try:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import structlog
 import trio
 
-from lhblock.engine import CacheMode, DrivenReplica, Engine, create_replicas, open_driven
-from lhblock.errors import ReplicaError
+from lhblock.engine import (
+    CacheMode,
+    DrivenReplica,
+    Engine,
+    HostedReplica,
+    LocalMember,
+    create_replicas,
+    open_driven,
+    probe,
+)
+from lhblock.errors import LhblockError, ReplicaError, ReplicaForeign
 from lhblock.instance._registry import MADE_FILES, ReplicaRecord
 from lhblock.instance._removal import removable, remove_replica
-from lhblock.replica import VolumeMeta, peek
+from lhblock.replica import Generation, ReplicaDirectory, VolumeMeta, peek
+
+_log = structlog.get_logger("lhblock.instance")
 
 ReplicaState = Literal["initial", "closed", "open", "dirty", "rebuilding", "error"]
 
@@ -19,7 +32,9 @@ ReplicaState = Literal["initial", "closed", "open", "dirty", "rebuilding", "erro
 class Replica:
     """One directory, which an engine opens and closes.
 
-    Whoever changes or looks at it holds `lock`; only `opened` may be read without.
+    Whoever changes or looks at it holds `lock`; only `opened` and `hosted` may be read without. An
+    engine of Longhorn's has it `opened`, one of ours `hosted`; never both, for there is one lock on
+    the directory.
 
     Args:
       nursery: where the open replica lives. Cancelling it closes the replica cleanly.
@@ -47,6 +62,7 @@ class Replica:
         self.path = path
         self.lock = trio.Lock()
         self.opened: DrivenReplica | None = None
+        self.hosted: HostedReplica | None = None
 
     @property
     def state(self) -> ReplicaState:
@@ -114,6 +130,111 @@ class Replica:
                     self.opened = None
         finally:
             closed.set()
+
+    async def create_as(
+        self, size_bytes: int, generation: Generation, *, encrypted: bool = False
+    ) -> None:
+        """Make a replica of zeros that belongs to a set from its first moment.
+
+        Raises:
+          UsageError: the size cannot be.
+          ReplicaError: the directory cannot be made or is not empty.
+
+        Not cancelled.
+        """
+
+        def create() -> None:
+            ReplicaDirectory.create(
+                self.path,
+                size_bytes=size_bytes,
+                generation=generation,
+                encrypted=encrypted or self._encrypted,
+                probe=probe,
+            )
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(create)
+
+    async def uncreate(self, replica_id: str) -> None:
+        """Delete a replica that was made a moment ago and that nobody has served.
+
+        Raises:
+          ReplicaError: it is another one, or it was opened since.
+
+        Not cancelled.
+        """
+
+        def uncreate() -> None:
+            with ReplicaDirectory.open(self.path, read_only=True, unfinished=True) as directory:
+                generation = directory.generation
+                if (
+                    generation is None
+                    or generation.replica_id != replica_id
+                    or generation.counter > 1
+                    or directory.was_dirty
+                ):
+                    raise ReplicaForeign(self.path, "was not made a moment ago")
+            record = ReplicaRecord(self.path, MADE_FILES)
+            with removable(record) as names:
+                remove_replica(record, names)
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(uncreate)
+
+    async def with_member(self, function: Callable[[LocalMember], None]) -> None:
+        """Do something, blocking, with a member that is not open. Not cancelled."""
+        member = LocalMember(self.path, self._engine.native, 0)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(function, member)
+
+    async def host(
+        self, engine_id: str, open_member: Callable[[LocalMember], None], *, read_only: bool
+    ) -> HostedReplica:
+        """Open it for one of our own engines; what is hosted is left behind dirty.
+
+        Args:
+          engine_id: whose session this is.
+          open_member: blocking; how the member is opened.
+
+        Raises:
+          ReplicaError: it cannot be opened.
+
+        Cancelled: it stays closed, or what was hosted is closed all the same.
+        """
+        await self.end_hosting(lambda member: member.close(clean=False))
+        hosted = HostedReplica(
+            self._engine, self.path, engine_id, cache=self._cache, read_only=read_only
+        )
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(open_member, hosted.member)
+            self.hosted = hosted
+        return hosted
+
+    async def end_hosting(self, close_member: Callable[[LocalMember], None]) -> None:
+        """Close what :meth:`host` opened. Harmless when nothing is.
+
+        Args:
+          close_member: blocking; how the member is closed.
+
+        Raises:
+          ReplicaError, NativeError: as `close_member`; it is closed all the same.
+
+        Not cancelled.
+        """
+        hosted, self.hosted = self.hosted, None
+        if hosted is not None:
+            await hosted.close(lambda: close_member(hosted.member))
+
+    async def hold_hosted(self) -> None:
+        """Run until cancelled, and then see to it that nothing stays open."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            try:
+                # The engine did not close it, so others may lack what it has, or have more.
+                await self.end_hosting(lambda member: member.close(clean=False))
+            except LhblockError as error:
+                _log.error("close", replica=str(self.path), reason=str(error))
 
     async def close(self) -> None:
         """Close it: what is in flight ends, data connections are closed. Harmless when closed.

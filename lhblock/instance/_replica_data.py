@@ -1,8 +1,10 @@
 """Data connections of a replica: accepted here, served by the C core while the replica is open.
 
-An engine connects before it opens the replica, so that a connection may wait. Until somebody sends
-something it costs a task and a descriptor; then it is given to the core, or, while the replica is
-not open, its frames are read here, one at a time, and answered with an error.
+Longhorn's engine connects before it opens the replica, so that a connection may wait. Until
+somebody sends something it costs a task and a descriptor; then it is given to the core, or, while
+the replica is not open, its frames are read here, one at a time, and answered with an error. An
+engine of ours says first who it is, with a Hello frame, and is let in if it is the one that has
+opened the replica.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from typing import Final
@@ -17,7 +20,7 @@ from typing import Final
 import structlog
 import trio
 
-from lhblock.engine import CloseReason, Connection
+from lhblock.engine import CloseReason, Connection, DrivenReplica, HostedDevice, wire
 from lhblock.errors import LhblockError
 from lhblock.frontend.nbd import Listener, SocketBytes, detach, peer_name, tune
 from lhblock.instance._replica import Replica
@@ -28,8 +31,8 @@ FRAME_TIMEOUT_S: Final = 30.0
 
 _MAGIC: Final = 0x1B01
 _HEADER: Final = struct.Struct("<HIIqII")  # magic, sequence, type, offset, size, payload bytes
-_READ, _WRITE, _ERROR, _PING, _UNMAP = 0, 1, 3, 6, 7
-_REQUESTS: Final = frozenset({_READ, _WRITE, _PING, _UNMAP, *range(0x4C00, 0x4C05)})
+_READ, _WRITE, _RESPONSE, _ERROR, _PING, _UNMAP, _HELLO = 0, 1, 2, 3, 6, 7, wire.HELLO_FRAME
+_REQUESTS: Final = frozenset({_READ, _WRITE, _PING, _UNMAP, *range(0x4C00, 0x4C08)})
 _PAYLOAD_BYTES_MAX: Final = 32 << 20
 _PIECE_BYTES: Final = 64 << 10
 
@@ -113,15 +116,22 @@ class DataServer:
             if connection is not None:
                 return connection
             with trio.move_on_after(FRAME_TIMEOUT_S) as scope:
-                await self._refuse_frame(SocketBytes(sock))
+                device = await self._answer_frame(SocketBytes(sock))
             if scope.cancelled_caught:
                 raise _Dropped("peer stalled inside a request")
+            if device is not None:
+                return self._give(sock, device)
 
     def _hand_over(self, sock: trio.socket.SocketType) -> Connection | None:
         """Give the socket, which is between two frames, to the core. None: it is not open."""
         replica = self._replica.opened
         if replica is None or replica.error:
             return None
+        return self._give(sock, replica)
+
+    def _give(
+        self, sock: trio.socket.SocketType, replica: DrivenReplica | HostedDevice
+    ) -> Connection:
         fd = detach(sock)
         try:
             return replica.attach_data(fd)
@@ -129,18 +139,28 @@ class DataServer:
             os.close(fd)
             raise _Dropped("the core refused it") from error
 
-    async def _refuse_frame(self, stream: SocketBytes) -> None:
+    async def _answer_frame(self, stream: SocketBytes) -> HostedDevice | None:
+        """Read one frame and answer it: with an error, unless it is the Hello of an engine that is
+        let in; then return what its connection is for."""
         header = await _receive(stream, _HEADER.size, at_start=True)
         magic, sequence, kind, offset, _, payload_bytes = _HEADER.unpack(header)
         if magic != _MAGIC:
             raise _Dropped(_REASONS[CloseReason.BAD_MAGIC])
         if payload_bytes > _PAYLOAD_BYTES_MAX:
             raise _Dropped(_REASONS[CloseReason.TOO_LARGE])
+        if kind == _HELLO and payload_bytes == wire.HELLO.size:
+            device = self._admit(await _receive(stream, payload_bytes))
+            if device is not None:
+                await stream.send_all(_HEADER.pack(_MAGIC, sequence, _RESPONSE, 0, 0, 0))
+                return device
+            payload_bytes = 0
         while payload_bytes:
             payload_bytes -= len(await _receive(stream, min(payload_bytes, _PIECE_BYTES)))
         if kind not in _REQUESTS:
-            return
+            return None
         text = "replica no longer exist"
+        if kind == _HELLO:
+            text = "the replica is not open for this engine"
         if kind == _PING:
             text = f"ping failure: replica state {self._replica.state}"
         elif self._replica.opened is not None:
@@ -148,6 +168,16 @@ class DataServer:
         data = text.encode()[:_PIECE_BYTES]
         reply = _HEADER.pack(_MAGIC, sequence, _ERROR, offset, len(data), len(data))
         await stream.send_all(reply + data)
+        return None
+
+    def _admit(self, payload: bytes) -> HostedDevice | None:
+        """What the engine that says Hello may use; None: it is not the one."""
+        _, engine, view = wire.HELLO.unpack(payload)
+        hosted = self._replica.hosted
+        if hosted is None or str(uuid.UUID(bytes=engine)) != hosted.engine_id:
+            return None
+        device = hosted.find_device(view)
+        return None if device is None or device.error else device
 
 
 async def _receive(stream: SocketBytes, count: int, *, at_start: bool = False) -> bytes:

@@ -15,13 +15,17 @@ import trio
 from lhblock.engine import CacheMode, DriverChoice, Engine, EngineOptions, open_engine
 from lhblock.errors import FrontendError, LhblockError, UsageError
 from lhblock.frontend.nbd import Listener, open_tcp_listeners, open_unix_listener
+from lhblock.instance._peer_service import DataAddress, PeerService
 from lhblock.instance._replica import Replica, ReplicaState
 from lhblock.instance._replica_data import DataServer
 from lhblock.instance._replica_service import SNAPSHOT_COUNT_MAX, ReplicaService, check_identity
 from lhblock.instance._signals import watch_signals
-from lhblock.rpc import REPLICA, Call, serve_rpc
+from lhblock.rpc import PEER, REPLICA, Call, serve_rpc
 from lhblock.settings import Listen
 
+CONTROL_THREADS_MAX: Final = 32
+"""More than a rebuild has streams, so that it never keeps others waiting."""
+REQUEST_BYTES_MAX: Final = 8 << 20
 CONTROL_PATH_VARIABLE: Final = "LONGHORN_CONTROL_PATH"
 _CONTROL_PATH_DEFAULT: Final = "/var/lib/longhorn"
 _PORT_PAIR_TRIES: Final = 32
@@ -40,6 +44,7 @@ class ReplicaOptions:
       size_bytes: of a new replica; without it the directory may wait for a ``ReplicaCreate``.
       volume, instance: who callers must be looking for; empty is not checked.
       data_protocol: ``unix`` takes data connections on a Unix socket instead of P+1.
+      plain: answer only what Longhorn's replica does; its engines do not ask for more.
       data_socket: its path; None is Longhorn's, which is made of the control path and the volume.
     """
 
@@ -54,6 +59,7 @@ class ReplicaOptions:
     snapshot_max_count: int = SNAPSHOT_COUNT_MAX
     snapshot_max_size: int = 0
     encrypted: bool = False
+    plain: bool = False
     cache: CacheMode = "writeback"
     driver: DriverChoice = "auto"
     queues: int = 2
@@ -112,7 +118,7 @@ async def run_replica(options: ReplicaOptions, *, on_ready: Callable[[ReplicaRea
         failure: Exception | None = None
         try:
             with stop:
-                await _serve(options, on_ready)
+                await serve_replica(options, on_ready)
         except Exception as error:
             failure = error
         nursery.cancel_scope.cancel()
@@ -120,7 +126,8 @@ async def run_replica(options: ReplicaOptions, *, on_ready: Callable[[ReplicaRea
         raise failure
 
 
-async def _serve(options: ReplicaOptions, on_ready: Callable[[ReplicaReady], None]) -> None:
+async def serve_replica(options: ReplicaOptions, on_ready: Callable[[ReplicaReady], None]) -> None:
+    """Serve one replica until cancelled; as :func:`run_replica` without its signals."""
     failure: Exception | None = None
     how = EngineOptions(queues=options.queues, workers=options.workers, driver=options.driver)
     async with open_engine(how) as engine, trio.open_nursery() as nursery:
@@ -153,14 +160,29 @@ async def _start(options: ReplicaOptions, engine: Engine, nursery: trio.Nursery)
         snapshot_max_count=options.snapshot_max_count,
         snapshot_max_size=options.snapshot_max_size,
     )
+    listeners: list[Listener] = []
+
+    def data() -> DataAddress:
+        if options.data_protocol == "unix":
+            return DataAddress("unix", socket=Path(listeners[0].address))
+        return DataAddress("tcp", port=listeners[0].port)
+
+    peers = PeerService(replica, volume=options.volume, data=data)
+    services = {REPLICA: service.handlers}
+    if not options.plain:
+        services[PEER] = peers.handlers
     serve_control = partial(
         serve_rpc,
-        services={REPLICA: service.handlers},
+        services=services,
         check=check_identity(options.volume, options.instance),
         unexpected=_log_unexpected,
+        threads_max=CONTROL_THREADS_MAX,
+        message_bytes_max=REQUEST_BYTES_MAX,
     )
     state, _ = await replica.look()
-    listeners, control = await _listen(options, nursery, serve_control)
+    opened, control = await _listen(options, nursery, serve_control)
+    listeners.extend(opened)
+    nursery.start_soon(replica.hold_hosted)
     await nursery.start(DataServer(replica).serve, listeners)
     return ReplicaReady(
         pid=os.getpid(),

@@ -31,11 +31,21 @@ from lhblock.replica._metadata import (
     BLOCK_BYTES,
     LAYERS_MAX,
     Disk,
+    MalformedError,
     VolumeMeta,
     created_text,
+    walk_up,
     why_bad_size,
 )
-from lhblock.replica._names import check_snapshot_name, next_head, snapshot_image, snapshot_of
+from lhblock.replica._names import (
+    check_snapshot_name,
+    is_head,
+    is_image,
+    next_head,
+    snapshot_image,
+    snapshot_of,
+    why_unusable,
+)
 from lhblock.replica._peek import peek
 from lhblock.replica._pending import PendingHead
 from lhblock.replica._progress import PROGRESS_NAME, LayerStamp, RebuildProgress
@@ -55,6 +65,7 @@ __all__ = [
     "HeadFingerprint",
     "HistoryEntry",
     "LayerStamp",
+    "MalformedError",
     "PendingHead",
     "Probe",
     "RebuildProgress",
@@ -67,6 +78,8 @@ __all__ = [
     "created_text",
     "has_room",
     "hash_image",
+    "is_head",
+    "is_image",
     "lock_holder",
     "new_set",
     "next_head",
@@ -76,6 +89,8 @@ __all__ = [
     "snapshot_of",
     "supersede",
     "valid_checksum",
+    "walk_up",
     "why_bad_size",
+    "why_unusable",
     "write_checksum",
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lhblock.rpc._methods import (
     CONTROLLER,
     HEALTH,
+    PEER,
     REPLICA,
     VOLUME,
     Call,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTROLLER",
     "HEALTH",
+    "PEER",
     "REPLICA",
     "VOLUME",
     "Call",

@@ -19,7 +19,8 @@ from lhblock.rpc._methods import method
 _OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.service_config_disable_resolution", 1),
-    ("grpc.max_receive_message_length", -1),
+    # Whether one server is there is nobody else's business.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
@@ -29,10 +30,26 @@ class RpcClient:
     Args:
       address: ``unix:/absolute/path`` or ``host:port``.
       metadata: sent with every call; empty values are left out.
+      reply_bytes_max: a reply beyond this is an error; -1 is no limit.
+      ping_s: while a call goes on the server is asked this often whether it is there, and one that
+        does not say so in the same time again is gone; 0 never asks. Other servers than ours may
+        take it amiss.
     """
 
-    def __init__(self, address: str, *, metadata: Mapping[str, str] | None = None) -> None:
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+    def __init__(
+        self,
+        address: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        reply_bytes_max: int = -1,
+        ping_s: float = 0,
+    ) -> None:
+        options = [*_OPTIONS, ("grpc.max_receive_message_length", reply_bytes_max)]
+        if ping_s:
+            ping_ms = int(ping_s * 1000)
+            options += [("grpc.keepalive_time_ms", ping_ms), ("grpc.keepalive_timeout_ms", ping_ms)]
+            options += [("grpc.http2.max_pings_without_data", 0)]
+        self._channel = grpc.insecure_channel(address, options=options)
         self._metadata = tuple((key, value) for key, value in (metadata or {}).items() if value)
 
     def call(self, service: str, name: str, request: Message, *, timeout_s: float) -> Any:

@@ -10,16 +10,24 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from lhblock.rpc.generated import controller_pb2, health_pb2, replica_pb2, volume_pb2
+from lhblock.rpc.generated import (
+    controller_pb2,
+    health_pb2,
+    peer_pb2,
+    replica_pb2,
+    volume_pb2,
+)
 
 CONTROLLER = "ptypes.ControllerService"
 REPLICA = "ptypes.ReplicaService"
+PEER = "lhblock.v1.PeerService"
 VOLUME = "lhblock.v1.VolumeService"
 HEALTH = "grpc.health.v1.Health"
 
 _FILES = {
     CONTROLLER: controller_pb2,
     REPLICA: replica_pb2,
+    PEER: peer_pb2,
     VOLUME: volume_pb2,
     HEALTH: health_pb2,
 }

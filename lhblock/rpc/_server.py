@@ -29,11 +29,14 @@ THREADS_MAX = 8
 CALLS_MAX = 64
 MESSAGE_BYTES_MAX = 4 << 20
 STOP_GRACE_S = 2.0
+PING_INTERVAL_MS_MIN = 500
 
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", -1),
+    # Engines look whether a replica is there while it works on a long call.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS_MIN),
 ]
 
 
@@ -43,6 +46,8 @@ async def serve_rpc(
     *,
     check: Callable[[Call], None] | None = None,
     unexpected: Callable[[Call, Exception], None] | None = None,
+    threads_max: int = THREADS_MAX,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `services` and the health service on `address` until cancelled.
@@ -54,6 +59,8 @@ async def serve_rpc(
       address: ``unix:/absolute/path`` or ``host:port``.
       check: called in trio before every unary handler, health included; raises `CallFailed`
         to refuse the call.
+      threads_max: calls that are answered at a time.
+      message_bytes_max: a request beyond this is refused.
       unexpected: told about exceptions that are no `LhblockError`, to log them.
       task_status: started with the TCP port, or 1 for a Unix socket, once calls are answered.
 
@@ -63,18 +70,19 @@ async def serve_rpc(
     Cancelled: calls in progress are cancelled and answered UNAVAILABLE, then the server ends,
     within `STOP_GRACE_S` at most.
     """
-    pool = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="rpc")
-    server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
+    pool = ThreadPoolExecutor(threads_max, thread_name_prefix="rpc")
+    options = [*_OPTIONS, ("grpc.max_receive_message_length", message_bytes_max)]
+    server = grpc.server(pool, options=options, maximum_concurrent_rpcs=CALLS_MAX)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        pool.shutdown(wait=False)
+        raise LhblockError(f"cannot listen for control calls on {address}") from error
     async with trio.open_nursery() as nursery:
         bridge = _Bridge(nursery, check, unexpected)
         for service, handlers in services.items():
             server.add_generic_rpc_handlers((bridge.handler(service, handlers),))
         server.add_generic_rpc_handlers((bridge.health(),))
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            pool.shutdown(wait=False)
-            raise LhblockError(f"cannot listen for control calls on {address}") from error
         if address.startswith("unix:"):
             os.chmod(address.removeprefix("unix:"), 0o600)  # noqa: PTH101
         server.start()

@@ -44,8 +44,9 @@ enum {
   LHB_FRAME_TRIM = 0x4c02,      /* reads as zeros afterwards, to the byte */
   LHB_FRAME_ZERO = 0x4c03,
   LHB_FRAME_ZERO_NO_HOLE = 0x4c04,
-  /* Opens a data connection: u64 epoch, 16 bytes id of the engine.  Answered
-   * before the core gets the socket; the core does not know it. */
+  /* Opens a data connection: u64 epoch, 16 bytes id of the engine, u32 view: 0
+   * is the volume, another number a snapshot that was opened to be read.
+   * Answered before the core gets the socket; the core does not know it. */
   LHB_FRAME_HELLO = 0x4c05,
   /* Refused with "operation not supported" where zeros would be written. */
   LHB_FRAME_ZERO_FAST = 0x4c06,

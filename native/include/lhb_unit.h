@@ -15,4 +15,6 @@ struct lhb_unit {
   char *scratch;                /* what lhb_unit_write compares with */
 };
 
+_Static_assert (LHB_UNIT_MAP_BYTES == LHB_UNIT_BLOCKS / 8, "contract");
+
 #endif

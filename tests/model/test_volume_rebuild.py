@@ -146,7 +146,7 @@ async def test_returning_replica_keeps_what_it_has(files: VolumeFiles) -> None:
         await volume.create_snapshot("s2")
         await volume.write(500 * BLOCK, b"m" * BLOCK)
     async with patience(), files.open(rebuild=AUTOMATIC) as volume:
-        await volume.wait_rebuilt(files.paths[1])
+        await volume.wait_rebuilt(files.places[1])
         assert modes(volume) == ["RW", "RW"]
         expected = await contents_of(volume)
     await assert_alike(files, expected)
@@ -161,7 +161,7 @@ async def test_returning_replica_has_only_what_differs_written(files: VolumeFile
     async with files.open(only=[0]) as volume:
         await volume.write(7 * BLOCK, b"n" * BLOCK)
     async with patience(), files.open(rebuild=AUTOMATIC) as volume:
-        await volume.wait_rebuilt(files.paths[1])
+        await volume.wait_rebuilt(files.places[1])
     after = before.stat()
     assert (after.st_ino, after.st_mtime_ns) == (untouched.st_ino, untouched.st_mtime_ns)
     await assert_alike(files)
@@ -239,7 +239,7 @@ async def test_half_built_replica_is_never_a_source(files: VolumeFiles, tmp_path
     async with patience(), files.open() as volume:
         assert modes(volume) == ["RW", "RW", "ERR"]
     async with patience(), files.open(rebuild=AUTOMATIC) as volume:
-        await volume.wait_rebuilt(new)
+        await volume.wait_rebuilt(files.places[2])
         await volume.wait_merged()
         assert volume.snapshots() == ()
     assert not is_marked(new)
@@ -277,7 +277,7 @@ async def test_source_that_fails_makes_the_rebuild_begin_again(
         await volume.add_replica(new)
         while modes(volume)[2] != "WO":
             await trio.lowlevel.checkpoint()
-        await volume.remove_replica(files.paths[0])
+        await volume.remove_replica(files.places[0])
         assert modes(volume)[0] == "RW"
         await volume.wait_rebuilt(new)
         expected = await contents_of(volume)
@@ -294,7 +294,7 @@ async def test_replica_that_failed_while_serving_comes_back(files: VolumeFiles) 
                 await trio.lowlevel.checkpoint()
         failed = modes(volume).index("ERR")
         await scribble(volume, 2)
-        await volume.wait_rebuilt(files.paths[failed])
+        await volume.wait_rebuilt(files.places[failed])
         assert volume.state == "healthy"
         expected = await contents_of(volume)
     await assert_alike(files, expected)
@@ -374,7 +374,7 @@ async def test_directory_with_something_else_is_refused(files: VolumeFiles, tmp_
             await volume.add_replica(tmp_path / "photos")
         assert len(volume.replicas()) == 2
         with pytest.raises(UsageError, match="already"):
-            await volume.add_replica(files.paths[0])
+            await volume.add_replica(files.places[0])
         with pytest.raises(UsageError, match="no replica"):
             await volume.remove_replica(tmp_path / "photos")
 
@@ -382,12 +382,12 @@ async def test_directory_with_something_else_is_refused(files: VolumeFiles, tmp_
 async def test_removed_replica_is_stale_and_the_last_one_stays(files: VolumeFiles) -> None:
     async with files.open() as volume:
         await volume.write(0, b"before")
-        await volume.remove_replica(files.paths[1])
+        await volume.remove_replica(files.places[1])
         assert modes(volume) == ["RW"]
         assert volume.state == "healthy"
         await volume.write(0, b"after!")
         with pytest.raises(VolumeBusy, match="last usable"):
-            await volume.remove_replica(files.paths[0])
+            await volume.remove_replica(files.places[0])
     async with files.open() as volume:
         assert modes(volume) == ["RW", "ERR"]
         assert await volume.read(0, 6) == b"after!"

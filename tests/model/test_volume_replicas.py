@@ -267,10 +267,10 @@ async def test_survivor_that_cannot_record_the_fence_is_dropped_too(
         with fault("store.write", errno.EIO):
             await volume.write(0, b"x" * BLOCK)
         assert sorted(modes(volume)) == ["ERR", "ERR", "RW"]
-        (alive,) = [info for info in volume.replicas() if info.mode == "RW"]
+        alive = modes(volume).index("RW")
         assert await volume.read(0, BLOCK) == b"x" * BLOCK
         await volume.write(0, b"y" * BLOCK)
-    generation = generation_of(Path(alive.address))
+    generation = generation_of(files.paths[alive])
     assert generation.members == (generation.replica_id,)
 
 

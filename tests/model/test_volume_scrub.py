@@ -61,10 +61,10 @@ async def test_damaged_layer_is_repaired_from_the_good_replica(files: VolumeFile
     async with files.open() as volume:
         report = await volume.scrub()
         (mismatch,) = report.mismatches
-        assert mismatch.replica == str(files.paths[1])
+        assert mismatch.replica == str(files.places[1])
         assert mismatch.snapshot == "s1"
         assert mismatch.expected != mismatch.found
-        assert mismatch.repaired_from == str(files.paths[0])
+        assert mismatch.repaired_from == str(files.places[0])
         assert (await view_content(volume, "s1"))[: 3 * BLOCK] == b"x" * 3 * BLOCK
         assert (await volume.scrub()).verified == 2
     assert (files.paths[0] / IMAGE).read_bytes() == (files.paths[1] / IMAGE).read_bytes()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from lhblock import _native
 from lhblock.engine import (
@@ -19,12 +20,17 @@ from lhblock.engine import (
     create_replicas,
     open_engine,
 )
+from lhblock.settings import RemoteAddress
+from tests.model.remote import open_replica, options_for
 
 BLOCK = _native.BLOCK_BYTES
 
 
 class VolumeFiles:
     """The replica directories of one volume, and how they are opened."""
+
+    REMOTE: ClassVar[frozenset[int]] = frozenset()
+    """Those that a volume gets from replica processes unless it is told."""
 
     def __init__(
         self,
@@ -33,8 +39,11 @@ class VolumeFiles:
         *,
         driver: DriverChoice = "auto",
         cache: CacheMode = "writeback",
+        remote: frozenset[int] | None = None,
     ) -> None:
+        self.remote = self.REMOTE if remote is None else remote
         self.paths = paths
+        self.places: list[Path | RemoteAddress] = [*paths]  # of what is open
         self.size_bytes = size_bytes
         self.driver = driver
         self.cache = cache
@@ -48,10 +57,15 @@ class VolumeFiles:
         size_bytes: int,
         driver: DriverChoice = "auto",
         cache: CacheMode = "writeback",
+        remote: frozenset[int] | None = None,
     ) -> VolumeFiles:
-        """Make the directories ``r0``, ``r1``, ... below ``base``."""
+        """Make the directories ``r0``, ``r1``, ... below ``base``.
+
+        Args:
+          remote: those that the volume gets from replica processes.
+        """
         paths = [base / f"r{index}" for index in range(replicas)]
-        files = cls(paths, size_bytes, driver=driver, cache=cache)
+        files = cls(paths, size_bytes, driver=driver, cache=cache, remote=remote)
         await create_replicas("db", files.paths, size_bytes)
         return files
 
@@ -65,18 +79,27 @@ class VolumeFiles:
         rebuild: RebuildOptions | None = None,
     ) -> AsyncIterator[Volume]:
         """Open the volume in an engine of its own."""
-        paths = self.paths if only is None else [self.paths[index] for index in only]
-        config = VolumeConfig(
-            name="db",
-            replicas=paths,
-            cache=self.cache,
-            read_only=read_only,
-            limits=limits or SnapshotLimits(),
-            rebuild=rebuild or RebuildOptions(),
-        )
+        chosen = range(len(self.paths)) if only is None else only
         options = EngineOptions(queues=1, workers=4, driver=self.driver)
-        async with open_engine(options) as engine, engine.open_volume(config) as volume:
-            yield volume
+        async with AsyncExitStack() as stack:
+            places: list[Path | RemoteAddress] = []
+            for index in chosen:
+                path = self.paths[index]
+                if index in self.remote:
+                    places.append(await stack.enter_async_context(open_replica(options_for(path))))
+                else:
+                    places.append(path)
+            config = VolumeConfig(
+                name="db",
+                replicas=places,
+                cache=self.cache,
+                read_only=read_only,
+                limits=limits or SnapshotLimits(),
+                rebuild=rebuild or RebuildOptions(),
+            )
+            self.places = places
+            async with open_engine(options) as engine, engine.open_volume(config) as volume:
+                yield volume
 
     async def contents(self) -> list[bytes]:
         """What each replica holds, read one by one. The volume is closed."""

@@ -19,7 +19,7 @@ LOWER = {
     "_native": frozenset({"errors"}),
     "rpc": frozenset({"errors", "settings"}),
     "replica": frozenset({"_native", "errors", "settings"}),
-    "engine": frozenset({"replica", "_native", "errors", "settings"}),
+    "engine": frozenset({"replica", "_native", "rpc", "errors", "settings"}),
     "frontend": frozenset({"engine", "replica", "_native", "errors", "settings"}),
     "device": frozenset({"frontend", "errors", "settings"}),
     "instance": frozenset(
