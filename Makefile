@@ -109,6 +109,7 @@ lint: venv  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases plugins/nbdkit/lhblock.py
 
 test-native: packages  ## the C unit tests
 	$(MAKE) -C native test VARIANT=plain

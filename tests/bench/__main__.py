@@ -14,6 +14,7 @@ from tests.bench.goals import goals
 from tests.bench.idle import idle_cost
 from tests.bench.map_memory import map_memory
 from tests.bench.match import Match, play
+from tests.bench.nbdkit_plugin import plugin_contestants
 from tests.bench.ours import LAYERS_DEEP, lhblock, lhblock_deep
 from tests.bench.settings import BenchSettings
 from tests.bench.workload import POINTS
@@ -43,6 +44,7 @@ def matches() -> list[Match]:
             small,
         ),
         Match("fuse", fuse_contestants()),
+        Match("plugin", [*plugin_contestants(), lhblock("lhblock")]),
         Match("depth", [lhblock("1 layer"), lhblock_deep(f"{LAYERS_DEEP} layers")], reads),
     ]
 

@@ -31,7 +31,9 @@ class Goal:
 def goals(document: Mapping[str, Any]) -> list[Goal]:
     """The goals whose tables were run."""
     return [
-        goal for part in (_peers, _copies, _direct, _depth, _idle, _map) for goal in part(document)
+        goal
+        for part in (_peers, _copies, _direct, _plugin, _depth, _idle, _map)
+        for goal in part(document)
     ]
 
 
@@ -72,6 +74,15 @@ def _direct(document: Mapping[str, Any]) -> Iterator[Goal]:
     for point in ("randread-4k-32", "randwrite-4k-32"):
         ratio = _iops(table, "none, io_uring", point) / _iops(table, "fio direct", point)
         yield Goal(f"{point}, cache none to fio direct", ratio, 0.8)
+
+
+def _plugin(document: Mapping[str, Any]) -> Iterator[Goal]:
+    table = document["matches"].get("plugin")
+    if table is None:
+        return
+    for point in ("randread-4k-1", "randread-4k-32", "randwrite-4k-32"):
+        ratio = _iops(table, "lhblock plugin", point) / _iops(table, "nbdkit python", point)
+        yield Goal(f"{point}, plugin to a disk in nbdkit's Python", ratio, 1.0)
 
 
 def _depth(document: Mapping[str, Any]) -> Iterator[Goal]:

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.live, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILT_FROM = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md")
-BUILT_FROM_TREES = ("lhblock", "native", "docs")
+BUILT_FROM_TREES = ("lhblock", "native", "docs", "plugins")
 
 
 def test_wheel_built_from_the_source_distribution_installs_and_answers(tmp_path: Path) -> None:
@@ -32,6 +32,8 @@ def test_wheel_built_from_the_source_distribution_installs_and_answers(tmp_path:
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
     _run(*pip, "--target", site, wheel)
+
+    assert (site / "share" / "lhblock" / "nbdkit" / "lhblock.py").exists()
 
     told = _run(site / "bin" / "lhblock", "info", "--json", environment={"PYTHONPATH": str(site)})
     assert '"driver"' in told
