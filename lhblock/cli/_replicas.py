@@ -16,7 +16,8 @@ import click
 from lhblock.cli._app import App, common_options
 from lhblock.cli._documents import describe_rebuild, rebuild_document
 from lhblock.cli._names import volume_argument
-from lhblock.cli._output import note, print_json, print_table
+from lhblock.cli._output import counted, note, print_json, print_table
+from lhblock.settings import parse_replica
 
 if TYPE_CHECKING:
     from lhblock.instance import VolumeChannel
@@ -65,11 +66,11 @@ def replica() -> None:
 @click.option("--wait", is_flag=True, help="Wait until it takes part.")
 @common_options
 def add(app: App, volume: str, address: str, force: bool, wait: bool) -> None:
-    """Add the directory ADDRESS as a replica of VOLUME, or bring back one that takes no part.
+    """Add the replica ADDRESS to VOLUME, or bring back one that takes no part.
 
-    The directory is made, or is empty, or holds a replica of this volume that was away. It is
-    rebuilt in the background while clients go on; when no process serves the volume, by the next
-    one that does, or at once with --wait.
+    ADDRESS is a directory, or tcp://HOST:PORT of an 'lhblock replica'. The replica is made, or is
+    of this volume and was away. It is rebuilt in the background while clients go on; when no
+    process serves the volume, by the next one that does, or at once with --wait.
     """
     from lhblock.cli._waiting import wait_job
     from lhblock.instance import open_channel
@@ -101,7 +102,7 @@ def add(app: App, volume: str, address: str, force: bool, wait: bool) -> None:
 @click.argument("address")
 @common_options
 def rm(app: App, volume: str, address: str) -> None:
-    """Take the replica ADDRESS out of VOLUME. Its directory stays as it is.
+    """Take the replica ADDRESS out of VOLUME. Its files stay as they are.
 
     The others name it stale first, so it can never be taken for one that has all writes. The last
     usable replica is refused.
@@ -209,6 +210,7 @@ def _rows(channel: VolumeChannel) -> list[dict[str, Any]]:
             "mode": item.mode,
             "error": item.error,
             "generation": item.generation,
+            "lag": item.lag,
             "rebuild": rebuild_document(item.rebuild) if item.HasField("rebuild") else None,
         }
         for item in channel.call(VOLUME, "StatusGet", Empty()).replicas
@@ -219,8 +221,9 @@ def _state(row: dict[str, Any]) -> str:
     rebuild = row["rebuild"]
     if rebuild is not None:
         return describe_rebuild(rebuild)
-    return row["error"] or "-"
+    behind = f"{counted(row['lag'], 'generation')} behind" if row["lag"] else ""
+    return ", ".join(filter(None, (row["error"], behind))) or "-"
 
 
 def _absolute(address: str) -> str:
-    return str(Path.cwd() / address)
+    return str(parse_replica(address, Path.cwd()))

@@ -29,8 +29,9 @@ _SHOWN_VOLUMES_MAX = 20
 @click.option(
     "--replica",
     multiple=True,
-    metavar="DIR",
-    help="Replica directory of a new volume; repeat for up to 8.  [default: one in the data dir]",
+    metavar="DIR|tcp://HOST:PORT",
+    help="Replica of a new volume: a directory, or an 'lhblock replica'; up to 8."
+    "  [default: one in the data dir]",
 )
 @click.option(
     "--listen",
@@ -98,6 +99,11 @@ _SHOWN_VOLUMES_MAX = 20
     is_flag=True,
     help="Leave replicas that were away, or failed, alone until 'lhblock replica add'.",
 )
+@click.option(
+    "--replica-timeout",
+    metavar="SECONDS",
+    help="What a replica of another process may take for a request, 1-3600.  [default: 8]",
+)
 @click.option("--stdio", is_flag=True, help="Serve one client on standard input and output.")
 @common_options
 def serve(
@@ -120,12 +126,13 @@ def serve(
     of a snapshot. A second signal stops at once. Each option but --size, --replica and --stdio
     can be given as a variable: LHBLOCK_LISTEN, LHBLOCK_TCP=0, LHBLOCK_SOCKET, LHBLOCK_CACHE,
     LHBLOCK_READ_ONLY, LHBLOCK_DRIVER, LHBLOCK_QUEUES, LHBLOCK_WORKERS, LHBLOCK_CONNECTIONS_MAX,
-    LHBLOCK_REBUILD=0, LHBLOCK_REBUILD_RATE, LHBLOCK_REBUILD_STREAMS, LHBLOCK_TLS_CERTIFICATES,
-    LHBLOCK_TLS_PSK, LHBLOCK_TLS_VERIFY_CLIENTS.
+    LHBLOCK_REBUILD=0, LHBLOCK_REBUILD_RATE, LHBLOCK_REBUILD_STREAMS, LHBLOCK_REPLICA_TIMEOUT,
+    LHBLOCK_TLS_CERTIFICATES, LHBLOCK_TLS_PSK, LHBLOCK_TLS_VERIFY_CLIENTS.
 
     \b
     lhblock serve db --size 100G
     lhblock serve db --size 100G --replica /disk1/db --replica /disk2/db
+    lhblock serve db --size 100G --replica /disk1/db --replica tcp://10.0.0.2:10000
     lhblock serve web logs --no-tcp --socket /run/nbd.sock
     lhblock serve db --listen 10.0.0.9:10809 --tls-psk /etc/lhblock/keys.psk
     lhblock serve db --frontend nbd --frontend fuse --fuse-dir /mnt/lhblock

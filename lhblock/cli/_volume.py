@@ -11,10 +11,10 @@ from lhblock.cli._app import App, common_options, confirm
 from lhblock.cli._names import SizeType, volume_argument, volumes_argument
 from lhblock.cli._output import counted, note, print_fields, print_json, print_table
 from lhblock.errors import LhblockError, SizeError, VolumeBusy
-from lhblock.settings import format_size
+from lhblock.settings import format_size, parse_replica
 
 if TYPE_CHECKING:
-    from lhblock.instance import Registry, VolumeRecord
+    from lhblock.instance import Registry, ReplicaRecord, VolumeRecord
 
 SIZE = SizeType()
 
@@ -63,8 +63,8 @@ def ls(app: App) -> None:
     "--replica",
     "replicas",
     multiple=True,
-    metavar="DIR",
-    help="Replica directory; repeat for up to 8.  [default: one in the data dir]",
+    metavar="DIR|tcp://HOST:PORT",
+    help="Replica: a directory, or an 'lhblock replica'; up to 8.  [default: one in the data dir]",
 )
 @click.option(
     "--cache",
@@ -95,7 +95,7 @@ def create(app: App, volume: str, size: int | None, replicas: tuple[str, ...], c
             app.registry,
             volume,
             size_bytes=size,
-            replicas=[Path(replica) for replica in replicas],
+            replicas=[parse_replica(replica, Path.cwd()) for replica in replicas],
             cache=cache,
         )
 
@@ -103,7 +103,7 @@ def create(app: App, volume: str, size: int | None, replicas: tuple[str, ...], c
     if app.json:
         print_json(_summary(app.registry, volume))
         return
-    paths = ", ".join(str(path) for path in record.paths)
+    paths = ", ".join(str(place) for place in record.places)
     done = "created" if record.replicas[0].made else "adopted"
     click.echo(f"{done} {volume}: {format_size(record.size_bytes)} in {paths}")
 
@@ -176,13 +176,14 @@ def expand(app: App, volume: str, size: int) -> None:
 def rm(app: App, volumes: tuple[str, ...], yes: bool) -> None:
     """Remove volumes and the replicas made for them. A served volume is refused.
 
-    Replica directories that existed before the volume did are left as they are.
+    Replica directories that existed before the volume did, and replicas of other processes, are
+    left as they are.
     """
     registry = app.registry
     records = [registry.get(name) for name in dict.fromkeys(volumes)]
     for record in records:
         _refuse_served(app, record)
-    made = [str(item.path) for record in records for item in record.replicas if item.made]
+    made = [str(item.path) for record in records for item in record.replicas if _goes(item)]
     names = ", ".join(record.name for record in records)
     data = f" and all data in {', '.join(made)}" if made else "; its replicas stay"
     confirm(f"Remove {names}{data}?", yes=yes)
@@ -193,7 +194,8 @@ def rm(app: App, volumes: tuple[str, ...], yes: bool) -> None:
         if not app.json:
             click.echo(f"removed {record.name}")
             for path in kept:
-                note(f"left {path} as it is: it existed before the volume")
+                why = "delete it on its host" if "://" in path else "it existed before the volume"
+                note(f"left {path} as it is: {why}")
     if app.json:
         print_json({"removed": removed})
 
@@ -204,12 +206,17 @@ def _remove(registry: Registry, record: VolumeRecord) -> list[str]:
     from lhblock.instance import removable, remove_replica
 
     with registry.locked(), ExitStack() as stack:
-        ours = [item for item in record.replicas if item.made]
+        ours = [item for item in record.replicas if _goes(item)]
         held = [(item, stack.enter_context(removable(item))) for item in ours]
         for item, names in held:
             remove_replica(item, names)
         registry.forget(record.name)
-    return [str(item.path) for item in record.replicas if not item.made]
+    return [str(item.place) for item in record.replicas if not _goes(item)]
+
+
+def _goes(replica: ReplicaRecord) -> bool:
+    """Whether it goes with its volume: a directory that was made for it."""
+    return bool(replica.made) and isinstance(replica.place, Path)
 
 
 def _refuse_served(app: App, record: VolumeRecord) -> None:
@@ -245,7 +252,7 @@ def _summary(registry: Registry, name: str) -> dict[str, Any]:
         "pid": holder.pid or None if holder else None,
         "cache": record.cache,
         "created": record.created,
-        "replicas": [str(path) for path in record.paths],
+        "replicas": [str(place) for place in record.places],
         "error": None,
     }
 
@@ -276,6 +283,7 @@ def _document(record: VolumeRecord, status: Any, *, served: bool) -> dict[str, A
                 "mode": item.mode,
                 "error": item.error,
                 "generation": item.generation,
+                "lag": item.lag,
                 "rebuild": rebuild_document(item.rebuild) if item.HasField("rebuild") else None,
             }
             for item in status.replicas
@@ -305,7 +313,9 @@ def _print_info(document: dict[str, Any]) -> None:
     ]
     for item in document["replicas"]:
         error = f": {item['error']}" if item["error"] else ""
-        fields.append(("replica", f"{item['mode']}  {item['path']}{error}"))
+        behind = f", {item['lag']} behind" if item["lag"] else ""
+        where = f"{item['path']}  generation {item['generation']}{behind}{error}"
+        fields.append(("replica", f"{item['mode']}  {where}"))
         if item["rebuild"]:
             fields.append(("rebuild", describe_rebuild(item["rebuild"])))
     fields.extend(

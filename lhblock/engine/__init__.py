@@ -38,6 +38,7 @@ from lhblock.engine._limits import SnapshotLimits
 from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import LayerDamage, MergeKind
 from lhblock.engine._opening import create_replicas
+from lhblock.engine._remote_creation import RemoteReplica, greet_replica, uncreate_replica
 from lhblock.engine._remote_member import RemoteMember
 from lhblock.engine._statistics import VolumeMetrics, VolumeStatistics
 from lhblock.engine._target import probe
@@ -69,6 +70,7 @@ __all__ = [
     "RebuildOptions",
     "RemoteLimits",
     "RemoteMember",
+    "RemoteReplica",
     "ReplicaDisk",
     "ReplicaFound",
     "ReplicaInfo",
@@ -83,10 +85,12 @@ __all__ = [
     "VolumeMetrics",
     "VolumeStatistics",
     "create_replicas",
+    "greet_replica",
     "open_driven",
     "open_engine",
     "probe",
     "run_copy",
     "run_fence",
     "run_metadata",
+    "uncreate_replica",
 ]

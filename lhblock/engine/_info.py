@@ -45,16 +45,18 @@ class ReplicaInfo:
     """One replica of the set.
 
     Attributes:
-      address: the directory's path.
+      address: the directory's path, or the address of its process.
       mode: ``RW`` takes part, ``WO`` is being rebuilt, ``ERR`` was left out or dropped.
       error: why it is not ``RW``; "" otherwise.
       generation: counter of the newest generation it is known to hold; 0 if unknown.
+      lag: how many generations that is behind the newest; 0 if unknown.
     """
 
     address: str
     mode: ReplicaMode
     error: str
     generation: int
+    lag: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,13 @@ import trio
 from lhblock._native import NativeEngine
 from lhblock.engine._agreement import agree
 from lhblock.engine._clock import utc_now
-from lhblock.engine._config import RemoteLimits, VolumeConfig, check_size
+from lhblock.engine._config import VolumeConfig, check_size
 from lhblock.engine._equal import make_equal
 from lhblock.engine._generations import leave_behind
 from lhblock.engine._member import Member, MemberState, sentence
 from lhblock.engine._merge import merge_all_below, unlink_removed_leaves
-from lhblock.engine._peer_client import EngineIdentity
 from lhblock.engine._places import Members, Place
-from lhblock.engine._remote_member import RemoteCreator
+from lhblock.engine._remote_creation import create_replica, uncreate_replica
 from lhblock.engine._target import probe
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import (
@@ -57,7 +56,6 @@ async def create_replicas(
     size_bytes: int,
     *,
     encrypted: bool = False,
-    remote: RemoteLimits | None = None,
 ) -> None:
     """Make the replicas of a new volume, all of them or none.
 
@@ -67,7 +65,6 @@ async def create_replicas(
         whose replica does not exist yet.
       size_bytes: of the volume.
       encrypted: noted for Longhorn: the content will be a LUKS volume.
-      remote: how long to wait for processes.
 
     Raises:
       SizeError: the size cannot be.
@@ -77,7 +74,6 @@ async def create_replicas(
     """
     check_size(volume, size_bytes)
     generations = new_set(len(places), time=utc_now())
-    limits, identity = remote or RemoteLimits(), EngineIdentity()
 
     def create_one(place: Place, generation: Generation) -> Callable[[], None]:
         if isinstance(place, Path):
@@ -89,9 +85,8 @@ async def create_replicas(
                 probe=probe,
             )
             return lambda: _remove_new(place)
-        creator = RemoteCreator(place, identity, limits, volume)
-        creator.create(generation, size_bytes=size_bytes, encrypted=encrypted)
-        return lambda: creator.uncreate(generation)
+        create_replica(place, generation, volume=volume, size_bytes=size_bytes, encrypted=encrypted)
+        return lambda: uncreate_replica(place)
 
     def create() -> None:
         made: list[Callable[[], None]] = []

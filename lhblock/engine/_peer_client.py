@@ -118,7 +118,9 @@ class PeerClient:
         if error.code == "DEADLINE_EXCEEDED":
             return ReplicaUnreachable(address, f"did not answer {name} within {wait_s:g} s")
         if error.code in _SILENT:
-            return ReplicaUnreachable(address, f"does not answer: {text[: wire.TEXT_CHARS_MAX]}")
+            # grpcio tells every attempt; the last words are the system's.
+            why = text.rpartition(": ")[2][: wire.TEXT_CHARS_MAX]
+            return ReplicaUnreachable(address, f"does not answer: {why}")
         if error.code == "FAILED_PRECONDITION":
             return ReplicaForeign(address, text[: wire.TEXT_CHARS_MAX])
         return ReplicaIO(address, f"{name} failed: {text[: wire.TEXT_CHARS_MAX]}")

@@ -265,7 +265,8 @@ class Rebuilder:
         async with self._tree.lock:
             if member.state is MemberState.REBUILDING:
                 self._replicas.lose_rebuilding(member, reason)
-            member.error = reason
+            # Why it was left out is better known than why it is not back yet.
+            member.error = member.error or reason
             await self._detach(member)
 
     async def _detach(self, member: Member) -> None:

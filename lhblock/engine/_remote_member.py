@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -563,47 +563,6 @@ class RemoteMember(Member):
         if self._promoting:
             self._promoting = False
             self._quick("AbandonPromotion")
-
-
-class RemoteCreator:
-    """Makes a replica in a process that has none yet. Blocking. Args: as :class:`RemoteMember`."""
-
-    def __init__(
-        self, place: RemoteAddress, identity: EngineIdentity, limits: RemoteLimits, volume: str
-    ) -> None:
-        self._how = (place, identity, limits, volume)
-
-    def hello(self) -> pb.PeerHello:
-        """Ask what is there.
-
-        Raises:
-          ReplicaUnreachable: nobody answers.
-          ReplicaUnsupported: it is no replica process of ours.
-        """
-        with closing(PeerClient(*self._how)) as client:
-            reply: pb.PeerHello = client.call("Hello")
-            return reply
-
-    def create(self, generation: Generation, *, size_bytes: int, encrypted: bool) -> None:
-        """Make a replica of zeros.
-
-        Raises:
-          ReplicaError: it cannot be made; nothing is left behind, or nobody knows.
-        """
-        request = pb.PeerCreate(
-            size_bytes=size_bytes, generation=generation.encode(), encrypted=encrypted
-        )
-        with closing(PeerClient(*self._how)) as client:
-            client.call("Create", request)
-
-    def uncreate(self, generation: Generation) -> None:
-        """Remove what :meth:`create` made a moment ago.
-
-        Raises:
-          ReplicaError: it is still there.
-        """
-        with closing(PeerClient(*self._how)) as client:
-            client.call("Uncreate", pb.PeerUncreate(replica_id=generation.replica_id))
 
 
 def _snapshot(name: str, *, created: str = "") -> pb.PeerSnapshot:

@@ -134,12 +134,14 @@ class ReplicaSet:
 
     def info(self) -> tuple[ReplicaInfo, ...]:
         """Describe every configured replica. Those of a faulted volume all say why."""
+        newest = max((member.generation_counter for member in self.members), default=0)
         return tuple(
             ReplicaInfo(
                 address=member.address,
                 mode="ERR" if self._faulted else _MODES.get(member.state, "ERR"),
                 error=member.error or self._faulted,
                 generation=member.generation_counter,
+                lag=newest - member.generation_counter if member.generation_counter else 0,
             )
             for member in self.members
         )

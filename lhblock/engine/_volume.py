@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -39,7 +39,7 @@ from lhblock.engine._snapshots import SnapshotTree
 from lhblock.engine._statistics import MetricsSampler, VolumeMetrics, VolumeStatistics
 from lhblock.engine._threads import run_metadata
 from lhblock.engine._views import SnapshotView, Views
-from lhblock.errors import NativeError, ReplicaError, UsageError, VolumeError
+from lhblock.errors import LhblockError, NativeError, ReplicaError, UsageError, VolumeError
 
 if TYPE_CHECKING:
     from lhblock.engine._engine import Engine
@@ -420,6 +420,32 @@ class Volume(Device):
         self._refuse_read_only("hash a snapshot")
         self._snapshots.find(name)
         await self._scrubber.hash_snapshot(name, rehash=rehash)
+
+    async def checksums(self, name: str) -> dict[str, str]:
+        """The recorded checksum of a snapshot's layer on every usable replica, by address.
+
+        "" where there is none that counts.
+
+        Raises:
+          ReplicaError: a record cannot be read.
+
+        Cancelled: nothing happened.
+        """
+        image = self._snapshots.find(name).name
+        return {
+            member.address: await run_metadata(member.checksum, image)
+            for member in self._replicas.usable
+        }
+
+    async def measure(self) -> None:
+        """Look at the layers' sizes that :meth:`snapshots` and :meth:`head` are about to tell.
+
+        Of a replica elsewhere they tell what was heard last.
+
+        Cancelled: nothing happened.
+        """
+        with suppress(LhblockError):
+            await run_metadata(self._replicas.first.layer_sizes)
 
     async def scrub(self) -> ScrubReport:
         """Verify every layer that has a current checksum record; repair damage from a good replica.

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
+import trio
 
-from lhblock.engine import create_replicas
-from lhblock.errors import LhblockError, ReplicaForeign, UsageError, VolumeExists
+from lhblock.engine import RemoteReplica, create_replicas, greet_replica, uncreate_replica
+from lhblock.errors import (
+    LhblockError,
+    ReplicaForeign,
+    ReplicaLocked,
+    UsageError,
+    VolumeExists,
+)
 from lhblock.instance._registry import (
     MADE_DIRECTORY,
     MADE_FILES,
@@ -22,7 +29,7 @@ from lhblock.instance._registry import (
 )
 from lhblock.instance._removal import removable, remove_replica
 from lhblock.replica import ReplicaDirectory, has_room
-from lhblock.settings import check_volume_name
+from lhblock.settings import RemoteAddress, check_volume_name
 
 DEFAULT_REPLICA = "replica"
 META = "volume.meta"
@@ -35,13 +42,15 @@ async def create_volume(
     name: str,
     *,
     size_bytes: int | None,
-    replicas: Sequence[Path] = (),
+    replicas: Sequence[Path | RemoteAddress] = (),
     cache: str = "writeback",
 ) -> VolumeRecord:
     """Create and record a volume.
 
     Directories that hold a replica already, Longhorn's included, are adopted: then all must, and
-    the size is theirs. Directories that are absent or empty get a new replica each.
+    the size is theirs. Directories that are absent or empty get a new replica each. The same is
+    true of replica processes; a replica that one has made by itself, and that is of zeros and the
+    right size, counts as a new one where others are new.
 
     Args:
       size_bytes: of the new replicas; may be None when existing ones are adopted.
@@ -59,27 +68,33 @@ async def create_volume(
     if len(replicas) > REPLICAS_MAX:
         raise UsageError(f"volume {name}: {len(replicas)} replicas; give at most {REPLICAS_MAX}")
     registry.data_dir.prepare()
-    paths = [Path.cwd() / path for path in replicas]
-    paths = paths or [registry.data_dir.volume(name) / DEFAULT_REPLICA]
-    _check_apart(name, paths)
+    places = [Path.cwd() / each if isinstance(each, Path) else each for each in replicas]
+    places = places or [registry.data_dir.volume(name) / DEFAULT_REPLICA]
+    _check_apart(name, places)
+    greetings = await trio.to_thread.run_sync(_greet, name, places)
     with registry.locked():
         if name in registry.names():
             raise VolumeExists(name, f"it exists already in {registry.data_dir.path}")
-        found = {path: _kind(path) for path in paths}
-        adopted = [path for path, kind in found.items() if kind == MADE_NOTHING]
-        if adopted and len(adopted) < len(paths):
-            missing = next(path for path in paths if path not in adopted)
+        found = {place: _kind(place, greetings) for place in places}
+        if MADE_FILES in found.values() or MADE_DIRECTORY in found.values():
+            for place, hello in greetings.items():
+                if hello.blank and hello.size_bytes == size_bytes:
+                    found[place] = MADE_FILES
+        adopted = [place for place, kind in found.items() if kind == MADE_NOTHING]
+        if adopted and len(adopted) < len(places):
+            missing = next(place for place in places if place not in adopted)
             raise UsageError(
                 f"volume {name}: {adopted[0]} holds a replica and {missing} does not; adopt the"
                 " ones that exist, without the others"
             )
         if adopted:
             _check_not_taken(registry, name, adopted)
-            return _adopt(registry, name, paths, size_bytes, cache)
+            sizes = {place: _replica_size(place, greetings) for place in places}
+            return _adopt(registry, name, sizes, size_bytes, cache)
         if size_bytes is None:
             raise UsageError(f"volume {name} does not exist; give --size to create it")
         # A directory below the volume's own is ours even if a killed creation left it there.
-        made = [ReplicaRecord(p, found[p] if replicas else MADE_DIRECTORY) for p in paths]
+        made = [ReplicaRecord(p, found[p] if replicas else MADE_DIRECTORY) for p in places]
         record = new_record(name, size_bytes=size_bytes, cache=cache, replicas=made)
         return await _make(registry, record)
 
@@ -92,10 +107,11 @@ def uncreate_volume(registry: Registry, record: VolumeRecord) -> None:
         registry.forget(record.name)
 
 
-def _check_apart(name: str, paths: Sequence[Path]) -> None:
-    resolved = [path.resolve() for path in paths]
-    if len(set(resolved)) != len(resolved):
-        raise UsageError(f"volume {name}: a replica directory is given twice")
+def _check_apart(name: str, places: Sequence[Path | RemoteAddress]) -> None:
+    resolved = [place.resolve() for place in places if isinstance(place, Path)]
+    remote = {place for place in places if isinstance(place, RemoteAddress)}
+    if len(set(resolved)) + len(remote) != len(places):
+        raise UsageError(f"volume {name}: a replica is given twice")
     for path in resolved:
         # Neither could be removed: a replica directory holds files of the format only.
         outer = next((other for other in resolved if other in path.parents), None)
@@ -103,21 +119,51 @@ def _check_apart(name: str, paths: Sequence[Path]) -> None:
             raise UsageError(f"volume {name}: the replica directory {path} is inside {outer}")
 
 
-def _check_not_taken(registry: Registry, name: str, adopted: Sequence[Path]) -> None:
-    wanted = {path.resolve() for path in adopted}
+def _check_not_taken(
+    registry: Registry, name: str, adopted: Sequence[Path | RemoteAddress]
+) -> None:
+    wanted = {_resolved(place) for place in adopted}
     for other in registry.names():
         try:
-            paths = registry.get(other).paths
+            places = registry.get(other).places
         except LhblockError:
             # A damaged record cannot tell, and must not be in the way.
             continue
-        taken = next((path for path in paths if path.resolve() in wanted), None)
+        taken = next((place for place in places if _resolved(place) in wanted), None)
         if taken is not None:
             raise UsageError(f"volume {name}: {taken} is a replica of volume {other}")
 
 
-def _kind(path: Path) -> str:
-    """What would have to be made at `path`: MADE_NOTHING if it holds a replica."""
+def _resolved(place: Path | RemoteAddress) -> Path | RemoteAddress:
+    return place.resolve() if isinstance(place, Path) else place
+
+
+def _greet(
+    volume: str, places: Sequence[Path | RemoteAddress]
+) -> dict[Path | RemoteAddress, RemoteReplica]:
+    """What the replica processes among some places say of themselves. Blocking."""
+    return {
+        place: greet_replica(place, volume=volume)
+        for place in places
+        if isinstance(place, RemoteAddress)
+    }
+
+
+def _kind(
+    place: Path | RemoteAddress, greetings: Mapping[Path | RemoteAddress, RemoteReplica]
+) -> str:
+    """What would have to be made there: MADE_NOTHING if there is a replica."""
+    if isinstance(place, Path):
+        return _kind_of_directory(place)
+    state = greetings[place].state
+    if state == "initial":
+        return MADE_FILES
+    if state == "closed":
+        return MADE_NOTHING
+    raise ReplicaLocked(str(place), f"is {state!r} and cannot be used; see the log of its process")
+
+
+def _kind_of_directory(path: Path) -> str:
     try:
         entries = os.listdir(path)  # noqa: PTH208 names only
     except FileNotFoundError:
@@ -137,23 +183,30 @@ def _kind(path: Path) -> str:
 
 
 def _adopt(
-    registry: Registry, name: str, paths: Sequence[Path], size_bytes: int | None, cache: str
+    registry: Registry,
+    name: str,
+    sizes: Mapping[Path | RemoteAddress, int],
+    size_bytes: int | None,
+    cache: str,
 ) -> VolumeRecord:
-    sizes = {path: _replica_size(path) for path in paths}
     size = max(sizes.values())
     if size_bytes not in (None, size):
         raise UsageError(
-            f"volume {name}: the replica in {paths[0]} has {size} bytes, not {size_bytes};"
+            f"volume {name}: the replica in {next(iter(sizes))} has {size} bytes, not {size_bytes};"
             " leave --size out to adopt it"
         )
-    replicas = [ReplicaRecord(path, MADE_NOTHING) for path in paths]
+    replicas = [ReplicaRecord(place, MADE_NOTHING) for place in sizes]
     record = new_record(name, size_bytes=size, cache=cache, replicas=replicas)
     registry.add(record)
     return record
 
 
-def _replica_size(path: Path) -> int:
-    directory = ReplicaDirectory.open(path, read_only=True)
+def _replica_size(
+    place: Path | RemoteAddress, greetings: Mapping[Path | RemoteAddress, RemoteReplica]
+) -> int:
+    if isinstance(place, RemoteAddress):
+        return greetings[place].size_bytes
+    directory = ReplicaDirectory.open(place, read_only=True)
     try:
         return directory.size_bytes
     finally:
@@ -165,7 +218,7 @@ async def _make(registry: Registry, record: VolumeRecord) -> VolumeRecord:
     try:
         registry.data_dir.volume(record.name).mkdir(mode=0o700, exist_ok=True)
         undo.append(lambda: registry.forget(record.name))
-        await create_replicas(record.name, record.paths, record.size_bytes)
+        await create_replicas(record.name, record.places, record.size_bytes)
         undo.append(lambda: _unmake(record.replicas))
         registry.add(record)
     except BaseException as error:
@@ -184,6 +237,9 @@ async def _make(registry: Registry, record: VolumeRecord) -> VolumeRecord:
 
 def _unmake(replicas: Sequence[ReplicaRecord]) -> None:
     for replica in replicas:
-        if replica.made != MADE_NOTHING:
+        if isinstance(replica.place, RemoteAddress):
+            if replica.made != MADE_NOTHING:
+                uncreate_replica(replica.place)
+        elif replica.made != MADE_NOTHING:
             with removable(replica) as names:
                 remove_replica(replica, names)

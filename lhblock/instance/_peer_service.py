@@ -240,6 +240,7 @@ class PeerService:
     # ---- The session.
 
     async def _hello(self, _request: Empty, _call: Call) -> pb.PeerHello:
+        blank = False
         async with self._replica.lock:
             hosted = self._replica.hosted
             if hosted is not None:
@@ -249,6 +250,8 @@ class PeerService:
             else:
                 found, meta = await self._replica.look()
                 state, size_bytes = found, meta.size_bytes
+                if state == "closed":
+                    blank = await self._replica.is_blank()
         data = self._data()
         return pb.PeerHello(
             version=__version__,
@@ -258,6 +261,7 @@ class PeerService:
             data_socket="" if data.socket is None else str(data.socket),
             data_port=data.port,
             volume_name=self._volume,
+            blank=blank,
         )
 
     async def _create(self, request: pb.PeerCreate, _call: Call) -> Message:
@@ -269,9 +273,9 @@ class PeerService:
             )
         return Empty()
 
-    async def _uncreate(self, request: pb.PeerUncreate, _call: Call) -> Message:
+    async def _uncreate(self, _request: Empty, _call: Call) -> Message:
         async with self._replica.lock:
-            await self._replica.uncreate(request.replica_id)
+            await self._replica.uncreate()
         return Empty()
 
     async def _open(self, request: pb.PeerOpen, call: Call) -> Message:

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lhblock.errors import LhblockError, VolumeError, VolumeExists, VolumeNotFound
-from lhblock.settings import DataDir, check_volume_name
+from lhblock.errors import LhblockError, UsageError, VolumeError, VolumeExists, VolumeNotFound
+from lhblock.settings import DataDir, RemoteAddress, check_volume_name, parse_replica
 
 RECORD = "volume.json"
 RECORD_BYTES_MAX = 1 << 20
@@ -37,13 +37,19 @@ class ReplicaRecord:
     """Where one replica is, and what of it was made by us.
 
     Attributes:
-      path: absolute.
+      place: an absolute path, or the address of a replica process.
       made: ``directory``: directory and files; ``files``: the directory was there, empty;
         ``""``: a replica that existed before and was adopted.
     """
 
-    path: Path
+    place: Path | RemoteAddress
     made: str
+
+    @property
+    def path(self) -> Path:
+        """Of a directory of this host."""
+        assert isinstance(self.place, Path)
+        return self.place
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,13 @@ class VolumeRecord:
     snapshot_bytes_max: int = 0
 
     @property
+    def places(self) -> tuple[Path | RemoteAddress, ...]:
+        return tuple(replica.place for replica in self.replicas)
+
+    @property
     def paths(self) -> tuple[Path, ...]:
-        return tuple(replica.path for replica in self.replicas)
+        """Of the replicas that are directories of this host."""
+        return tuple(place for place in self.places if isinstance(place, Path))
 
 
 class Registry:
@@ -192,11 +203,32 @@ def _format(record: VolumeRecord) -> bytes:
         "size_bytes": record.size_bytes,
         "cache": record.cache,
         "created": record.created,
-        "replicas": [{"path": str(item.path), "made": item.made} for item in record.replicas],
+        "replicas": [
+            {_key(item.place): str(item.place), "made": item.made} for item in record.replicas
+        ],
         "snapshot_count_max": record.snapshot_count_max,
         "snapshot_bytes_max": record.snapshot_bytes_max,
     }
     return json.dumps(document, indent=2).encode() + b"\n"
+
+
+def _key(place: Path | RemoteAddress) -> str:
+    return "path" if isinstance(place, Path) else "address"
+
+
+def _place(item: dict[str, Any]) -> Path | RemoteAddress:
+    if "address" not in item:
+        path = Path(_text(item["path"]))
+        if not path.is_absolute():
+            raise ValueError(f"replica path {path} is not absolute")
+        return path
+    try:
+        place = parse_replica(_text(item["address"]), Path("/"))
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    if isinstance(place, Path):
+        raise ValueError(f"replica address {item['address']!r} is none")
+    return place
 
 
 def _parse(name: str, raw: bytes) -> VolumeRecord:
@@ -208,14 +240,11 @@ def _parse(name: str, raw: bytes) -> VolumeRecord:
     if document["name"] != name:
         raise ValueError(f"it belongs to volume {document['name']!r}")
     replicas = tuple(
-        ReplicaRecord(Path(_text(item["path"])), _text(item["made"]))
-        for item in document["replicas"]
+        ReplicaRecord(_place(item), _text(item["made"])) for item in document["replicas"]
     )
     if not 1 <= len(replicas) <= REPLICAS_MAX:
         raise ValueError(f"it has {len(replicas)} replicas")
     for replica in replicas:
-        if not replica.path.is_absolute():
-            raise ValueError(f"replica path {replica.path} is not absolute")
         if replica.made not in (MADE_DIRECTORY, MADE_FILES, MADE_NOTHING):
             raise ValueError(f"made is {replica.made!r}")
     cache = _text(document["cache"])

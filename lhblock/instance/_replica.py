@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -144,6 +145,11 @@ class Replica:
         """
 
         def create() -> None:
+            meta = peek(self.path)
+            if meta is not None and meta.size_bytes == size_bytes:
+                if not _is_empty(self.path, named=False):
+                    raise ReplicaForeign(self.path, "has been written to; give an empty one")
+                self._uncreate()
             ReplicaDirectory.create(
                 self.path,
                 size_bytes=size_bytes,
@@ -155,31 +161,38 @@ class Replica:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(create)
 
-    async def uncreate(self, replica_id: str) -> None:
-        """Delete a replica that was made a moment ago and that nobody has served.
+    async def is_blank(self) -> bool:
+        """Whether a closed replica has nothing in it and is no member of a set of several.
+
+        Cancelled: nothing happened.
+        """
+
+        def look() -> bool:
+            try:
+                return _is_empty(self.path, named=False)
+            except ReplicaError:
+                return False
+
+        return await trio.to_thread.run_sync(look)
+
+    async def uncreate(self) -> None:
+        """Delete a replica that nobody has written to; the directory stays.
 
         Raises:
-          ReplicaError: it is another one, or it was opened since.
+          ReplicaForeign: somebody has.
+          ReplicaError: it is in use, or cannot be deleted.
 
         Not cancelled.
         """
-
-        def uncreate() -> None:
-            with ReplicaDirectory.open(self.path, read_only=True, unfinished=True) as directory:
-                generation = directory.generation
-                if (
-                    generation is None
-                    or generation.replica_id != replica_id
-                    or generation.counter > 1
-                    or directory.was_dirty
-                ):
-                    raise ReplicaForeign(self.path, "was not made a moment ago")
-            record = ReplicaRecord(self.path, MADE_FILES)
-            with removable(record) as names:
-                remove_replica(record, names)
-
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(uncreate)
+            await trio.to_thread.run_sync(self._uncreate)
+
+    def _uncreate(self) -> None:
+        if not _is_empty(self.path, named=True):
+            raise ReplicaForeign(self.path, "has been written to, and is not removed")
+        record = ReplicaRecord(self.path, MADE_FILES)
+        with removable(record) as names:
+            remove_replica(record, names)
 
     async def with_member(self, function: Callable[[LocalMember], None]) -> None:
         """Do something, blocking, with a member that is not open. Not cancelled."""
@@ -266,3 +279,18 @@ class Replica:
 
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(delete)
+
+
+def _is_empty(path: Path, *, named: bool) -> bool:
+    """Whether a replica that is not open has one layer, without data. Blocking.
+
+    Args:
+      named: it may be a member of a set of several.
+    """
+    with ReplicaDirectory.open(path, read_only=True, unfinished=True) as directory:
+        generation = directory.generation
+        alone = generation is None or generation.members == (generation.replica_id,)
+        if len(directory.disks) > 1 or not (alone or named):
+            return False
+        head = os.stat(directory.head.name, dir_fd=directory.dir_fd, follow_symlinks=False)
+        return head.st_blocks == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from lhblock.engine import Engine, EngineOptions, RebuildOptions, open_engine
+from lhblock.engine import Engine, EngineOptions, RebuildOptions, RemoteLimits, open_engine
 from lhblock.errors import LhblockError, UsageError, VolumeBusy, VolumeNotFound
 from lhblock.frontend.fuse import REQUESTS_MAX, serve_fuse, volume_file
 from lhblock.frontend.nbd import (
@@ -46,6 +46,7 @@ from lhblock.settings import (
     check_volume_name,
     format_size,
     parse_listen,
+    parse_replica,
 )
 
 _log = structlog.get_logger("lhblock.instance")
@@ -234,9 +235,9 @@ def _check_names(process: _Process, names: Sequence[str], size_bytes: int | None
             who = f"process {holder.pid}" if holder.pid else "another process"
             raise VolumeBusy(name, f"{who} serves it already; stop that first")
         if settings.replica:
-            wanted = {Path.cwd() / path for path in settings.replica}
-            if wanted != set(record.paths):
-                listed = ", ".join(str(path) for path in record.paths)
+            wanted = {parse_replica(text, Path.cwd()) for text in settings.replica}
+            if wanted != set(record.places):
+                listed = ", ".join(str(place) for place in record.places)
                 raise UsageError(
                     f"volume {name} exists with the replicas {listed}; leave --replica out"
                 )
@@ -304,7 +305,7 @@ async def _records(
                 process.registry,
                 name,
                 size_bytes=size_bytes,
-                replicas=process.settings.replica,
+                replicas=[parse_replica(text, Path.cwd()) for text in process.settings.replica],
                 cache=process.settings.cache or "writeback",
             )
             process.created.add(name)
@@ -341,6 +342,10 @@ async def _open(
                 automatic=settings.rebuild,
                 rate_bytes_s=settings.rebuild_rate << 20,
                 streams=settings.rebuild_streams,
+            ),
+            remote=RemoteLimits(
+                reply_timeout_ms=round(settings.replica_timeout * 1000),
+                call_timeout_s=settings.replica_timeout,
             ),
         )
     )

@@ -10,7 +10,14 @@ from datetime import UTC, datetime
 
 import trio
 
-from lhblock.engine import Engine, RebuildOptions, SnapshotLimits, Volume, VolumeConfig
+from lhblock.engine import (
+    Engine,
+    RebuildOptions,
+    RemoteLimits,
+    SnapshotLimits,
+    Volume,
+    VolumeConfig,
+)
 from lhblock.errors import LhblockError
 from lhblock.instance._jobs import Jobs
 from lhblock.instance._registry import Registry, VolumeRecord
@@ -105,6 +112,7 @@ async def open_served(
     cache: str | None = None,
     read_only: bool = False,
     rebuild: RebuildOptions | None = None,
+    remote: RemoteLimits | None = None,
 ) -> AsyncIterator[ServedVolume]:
     """Open a recorded volume for as long as the block lasts. Jobs end with it.
 
@@ -114,13 +122,14 @@ async def open_served(
     chosen = cache or record.cache
     config = VolumeConfig(
         name=record.name,
-        replicas=record.paths,
+        replicas=record.places,
         cache="none" if chosen == "none" else "writeback",
         read_only=read_only,
         limits=SnapshotLimits(
             count_max=record.snapshot_count_max, size_bytes_max=record.snapshot_bytes_max
         ),
         rebuild=rebuild or RebuildOptions(),
+        remote=remote or RemoteLimits(),
     )
     async with engine.open_volume(config) as volume:
         failure: Exception | None = None

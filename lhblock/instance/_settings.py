@@ -42,7 +42,8 @@ class ServeSettings(BaseSettings):
       rebuild: replicas that were away, or failed, are brought back by themselves.
       rebuild_rate: MiB a second at most for a rebuild; 0 is no limit.
       rebuild_streams: units of a rebuild under way at a time.
-      replica: directories of a new volume; none means the default one.
+      replica: directories of a new volume, or addresses; none means the default one.
+      replica_timeout: seconds that a replica of another process may take for a request.
     """
 
     model_config = SettingsConfigDict(
@@ -69,7 +70,8 @@ class ServeSettings(BaseSettings):
         "nbd",
     )
     fuse_dir: Path | None = None
-    replica: Annotated[tuple[Path, ...], NoDecode] = ()
+    replica: Annotated[tuple[str, ...], NoDecode] = ()
+    replica_timeout: Annotated[float, Field(ge=1, le=3600)] = 8.0
 
 
 def serve_settings(**options: Any) -> ServeSettings:

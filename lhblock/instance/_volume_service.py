@@ -25,9 +25,9 @@ from lhblock.instance._registry import (
     ReplicaRecord,
 )
 from lhblock.instance._served import ServedVolume
-from lhblock.replica import snapshot_image, valid_checksum
 from lhblock.rpc import Call, CallFailed, Handlers
 from lhblock.rpc.generated import volume_pb2 as pb
+from lhblock.settings import RemoteAddress, parse_replica
 
 
 class VolumeService:
@@ -93,6 +93,7 @@ class VolumeService:
                     mode=item.mode,
                     error=item.error,
                     generation=item.generation,
+                    lag=item.lag,
                     rebuild=rebuilds.get(item.address),
                 )
                 for item in volume.replicas()
@@ -114,6 +115,7 @@ class VolumeService:
 
     async def snapshot_list(self, _request: Empty, call: Call) -> pb.SnapshotListReply:
         served = self._choice.volume(call)
+        await served.volume.measure()
         return pb.SnapshotListReply(
             snapshots=[
                 pb.Snapshot(
@@ -153,14 +155,10 @@ class VolumeService:
 
         async def work(message: pb.Job) -> None:
             await served.volume.hash_snapshot(request.name, rehash=request.rehash)
-            for replica in served.volume.replicas():
-                if replica.mode == "RW":
-                    value = await trio.to_thread.run_sync(
-                        recorded_checksum, Path(replica.address), request.name
-                    )
-                    message.checksums.add(
-                        replica=replica.address, snapshot=request.name, method="crc64", value=value
-                    )
+            for address, value in (await served.volume.checksums(request.name)).items():
+                message.checksums.add(
+                    replica=address, snapshot=request.name, method="crc64", value=value
+                )
 
         return served.jobs.start("hash", request.name, work).message
 
@@ -192,24 +190,24 @@ class VolumeService:
 
     async def replica_add(self, request: pb.ReplicaAddRequest, call: Call) -> Empty:
         served = self._choice.volume(call)
-        path = _replica_path(request.address)
-        made = await trio.to_thread.run_sync(_would_make, path)
+        place = _replica_place(request.address)
+        made = await trio.to_thread.run_sync(_would_make, place)
         with _sentences():
             await served.volume.add_replica(
-                path, force=request.force, rebuild=self._serving or request.rebuild
+                place, force=request.force, rebuild=self._serving or request.rebuild
             )
-            if path not in served.record.paths:
-                replicas = (*served.record.replicas, ReplicaRecord(path, made))
+            if place not in served.record.places:
+                replicas = (*served.record.replicas, ReplicaRecord(place, made))
                 await self._record(served, replicas)
         return Empty()
 
     async def replica_remove(self, request: pb.ReplicaRemoveRequest, call: Call) -> Empty:
         served = self._choice.volume(call)
-        path = _replica_path(request.address)
+        place = _replica_place(request.address)
         with _sentences():
-            await served.volume.remove_replica(path)
+            await served.volume.remove_replica(place)
             await self._record(
-                served, tuple(item for item in served.record.replicas if item.path != path)
+                served, tuple(item for item in served.record.replicas if item.place != place)
             )
         return Empty()
 
@@ -220,10 +218,10 @@ class VolumeService:
 
     async def replica_wait(self, request: pb.ReplicaWaitRequest, call: Call) -> pb.Job:
         served = self._choice.volume(call)
-        path = _replica_path(request.address)
+        place = _replica_place(request.address)
 
         async def work(_message: pb.Job) -> None:
-            await served.volume.wait_rebuilt(path)
+            await served.volume.wait_rebuilt(place)
 
         return served.jobs.start("rebuild", request.address, work).message
 
@@ -245,15 +243,21 @@ class VolumeService:
             ) from error
 
 
-def _replica_path(address: str) -> Path:
-    path = Path(address)
-    if not path.is_absolute():
+def _replica_place(address: str) -> Path | RemoteAddress:
+    nowhere = Path()
+    try:
+        place = parse_replica(address, nowhere)
+    except UsageError as error:
+        raise CallFailed("INVALID_ARGUMENT", str(error)) from error
+    if isinstance(place, Path) and not place.is_absolute():
         raise CallFailed("INVALID_ARGUMENT", f"invalid replica {address!r}: give an absolute path")
-    return path
+    return place
 
 
-def _would_make(path: Path) -> str:
-    """What of a replica directory is made when it is added. Blocking."""
+def _would_make(path: Path | RemoteAddress) -> str:
+    """What of a replica is made when it is added, and goes with the volume. Blocking."""
+    if isinstance(path, RemoteAddress):
+        return MADE_NOTHING
     if (path / "volume.meta").exists():
         return MADE_NOTHING
     return MADE_FILES if path.exists() else MADE_DIRECTORY
@@ -280,16 +284,6 @@ def _rebuild(info: RebuildInfo) -> pb.Rebuild:
         attempts=info.attempts,
         error=info.error,
     )
-
-
-def recorded_checksum(replica: Path, snapshot: str) -> str:
-    """Return the valid checksum recorded for a layer, or "" if there is none. Blocking."""
-    fd = os.open(replica, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        record = valid_checksum(fd, snapshot_image(snapshot))
-    finally:
-        os.close(fd)
-    return record.checksum if record is not None else ""
 
 
 def _snapshot(served: ServedVolume, name: str) -> None:

@@ -113,6 +113,11 @@ def scratch_volume(
     Raises:
       LhblockError: there is too little space, or a directory cannot be made.
     """
+    if not beside.paths:
+        raise LhblockError(
+            f"no scratch volume beside {beside.name}: none of its replicas is a directory of this"
+            " host; --here measures reads of the volume itself"
+        )
     free_bytes = min(shutil.disk_usage(path.parent).free for path in beside.paths)
     share = free_bytes // FREE_SPACE_PARTS // len(beside.paths)
     size_bytes = size_bytes or min(SCRATCH_BYTES_MAX, share // _MIB * _MIB)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PeerHello(_message.Message):
-    __slots__ = ("version", "state", "size_bytes", "data_protocol", "data_socket", "data_port", "volume_name")
+    __slots__ = ("version", "state", "size_bytes", "data_protocol", "data_socket", "data_port", "volume_name", "blank")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class PeerHello(_message.Message):
     DATA_SOCKET_FIELD_NUMBER: _ClassVar[int]
     DATA_PORT_FIELD_NUMBER: _ClassVar[int]
     VOLUME_NAME_FIELD_NUMBER: _ClassVar[int]
+    BLANK_FIELD_NUMBER: _ClassVar[int]
     version: str
     state: str
     size_bytes: int
@@ -23,7 +24,8 @@ class PeerHello(_message.Message):
     data_socket: str
     data_port: int
     volume_name: str
-    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., data_protocol: _Optional[str] = ..., data_socket: _Optional[str] = ..., data_port: _Optional[int] = ..., volume_name: _Optional[str] = ...) -> None: ...
+    blank: bool
+    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., data_protocol: _Optional[str] = ..., data_socket: _Optional[str] = ..., data_port: _Optional[int] = ..., volume_name: _Optional[str] = ..., blank: _Optional[bool] = ...) -> None: ...
 
 class PeerCreate(_message.Message):
     __slots__ = ("size_bytes", "generation", "encrypted")
@@ -34,12 +36,6 @@ class PeerCreate(_message.Message):
     generation: bytes
     encrypted: bool
     def __init__(self, size_bytes: _Optional[int] = ..., generation: _Optional[bytes] = ..., encrypted: _Optional[bool] = ...) -> None: ...
-
-class PeerUncreate(_message.Message):
-    __slots__ = ("replica_id",)
-    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
-    replica_id: str
-    def __init__(self, replica_id: _Optional[str] = ...) -> None: ...
 
 class PeerOpen(_message.Message):
     __slots__ = ("read_only",)

@@ -52,18 +52,20 @@ class Client(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., export: _Optional[str] = ..., since: _Optional[str] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("address", "mode", "error", "generation", "rebuild")
+    __slots__ = ("address", "mode", "error", "generation", "rebuild", "lag")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     REBUILD_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
     address: str
     mode: str
     error: str
     generation: int
     rebuild: Rebuild
-    def __init__(self, address: _Optional[str] = ..., mode: _Optional[str] = ..., error: _Optional[str] = ..., generation: _Optional[int] = ..., rebuild: _Optional[_Union[Rebuild, _Mapping]] = ...) -> None: ...
+    lag: int
+    def __init__(self, address: _Optional[str] = ..., mode: _Optional[str] = ..., error: _Optional[str] = ..., generation: _Optional[int] = ..., rebuild: _Optional[_Union[Rebuild, _Mapping]] = ..., lag: _Optional[int] = ...) -> None: ...
 
 class Rebuild(_message.Message):
     __slots__ = ("phase", "source", "done_bytes", "total_bytes", "rate_bytes_s", "left_s", "attempts", "error")
