@@ -40,6 +40,7 @@ PEER_OURS = 1
 STORE_WRITE_ONLY = 4
 UNIT_BYTES = 1 << 20
 UNIT_MAP_BYTES = 32
+UNIT_PACKED_BYTES = 2 * UNIT_MAP_BYTES + UNIT_BYTES
 VOLUME_READ_ONLY = 1
 IO_FUA = 1
 IO_NO_HOLE = 2
@@ -568,35 +569,38 @@ class NativeUnit(_Handle):
         """Hash of what it says; of which blocks there are and are discarded with ``shape_only``."""
         return int(self._lib.lhb_unit_hash(self.raw, int(shape_only)))
 
-    def pack(self) -> tuple[bytes, bytes, bytes]:
-        """For the way to another host: which blocks there are, are discarded, and their data."""
-        ffi = _module().ffi
-        has, discarded = bytearray(UNIT_MAP_BYTES), bytearray(UNIT_MAP_BYTES)
-        data = bytearray(UNIT_BYTES)
-        length_bytes = self._lib.lhb_unit_pack(
-            self.raw,
-            *(ffi.from_buffer("uint8_t[]", each) for each in (has, discarded)),
-            ffi.from_buffer(data),
-        )
-        return bytes(has), bytes(discarded), bytes(memoryview(data)[:length_bytes])
+    def pack(self, memory: bytearray) -> int:
+        """For the way to another host: what it says, as bytes, for :meth:`unpack` there.
 
-    def unpack(self, has: Buffer, discarded: Buffer, data: Buffer) -> None:
+        Args:
+          memory: ``UNIT_PACKED_BYTES`` of it.
+
+        Returns:
+          How many bytes it is.
+        """
+        has, discarded, data = self._parts(memory)
+        return 2 * UNIT_MAP_BYTES + int(self._lib.lhb_unit_pack(self.raw, has, discarded, data))
+
+    def unpack(self, memory: bytearray, length_bytes: int) -> None:
         """Become what :meth:`pack` said elsewhere.
 
         Raises:
-          ValueError: the parts do not go together; the unit is what it was.
+          ValueError: it makes no sense; the unit is what it was.
         """
-        if len(has) != UNIT_MAP_BYTES or len(discarded) != UNIT_MAP_BYTES:
-            raise ValueError(f"maps of {len(has)} and {len(discarded)} bytes")
-        ffi = _module().ffi
-        result = self._lib.lhb_unit_unpack(
-            self.raw,
-            *(ffi.from_buffer("uint8_t[]", each) for each in (has, discarded)),
-            ffi.from_buffer(data),
-            len(data),
-        )
-        if result < 0:
-            raise ValueError(f"{len(data)} bytes of data do not go with the map")
+        has, discarded, data = self._parts(memory)
+        data_bytes = length_bytes - 2 * UNIT_MAP_BYTES
+        if (
+            not 0 <= data_bytes <= UNIT_BYTES
+            or self._lib.lhb_unit_unpack(self.raw, has, discarded, data, data_bytes) < 0
+        ):
+            raise ValueError(f"{length_bytes} bytes are no unit")
+
+    def _parts(self, memory: bytearray) -> tuple[Any, Any, Any]:
+        if len(memory) != UNIT_PACKED_BYTES:
+            raise ValueError(f"memory of {len(memory)} bytes, not {UNIT_PACKED_BYTES}")
+        start = _module().ffi.from_buffer("uint8_t[]", memory)
+        data = _module().ffi.cast("char *", start + 2 * UNIT_MAP_BYTES)
+        return start, start + UNIT_MAP_BYTES, data
 
 
 class NativePeer(_Handle):

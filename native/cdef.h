@@ -283,7 +283,7 @@ int64_t lhb_unit_write (lhb_store *store, int layer, uint64_t offset_bytes,
 /* Which blocks it has and has discarded, and unless 'shape_only' its data. */
 uint64_t lhb_unit_hash (const lhb_unit *unit, int shape_only);
 /* For the way to another host: the two maps, LHB_UNIT_MAP_BYTES each, and the
- * blocks of the first one after the other, in a buffer of LHB_UNIT_BYTES.
+ * blocks of the first one after the other, into LHB_UNIT_BYTES at 'data'.
  * Returns the length of the latter. */
 #define LHB_UNIT_MAP_BYTES 32
 int64_t lhb_unit_pack (const lhb_unit *unit, uint8_t *has, uint8_t *discarded,

@@ -84,6 +84,7 @@ class RemoteLimits:
       connect_timeout_s: for a data connection.
       call_timeout_s: for a call that something waits for: a generation, the switch of a head.
       long_timeout_s: for a call that reads or syncs what may be much.
+      unit_timeout_s: for a unit of a rebuild.
       ping_s: how often a process is asked whether it is there while a call goes on; one that does
         not answer for as long again is gone.
 
@@ -95,6 +96,7 @@ class RemoteLimits:
     connect_timeout_s: float = 5.0
     call_timeout_s: float = 8.0
     long_timeout_s: float = 900.0
+    unit_timeout_s: float = 60.0
     ping_s: float = 4.0
 
     def __post_init__(self) -> None:
@@ -102,7 +104,8 @@ class RemoteLimits:
             raise UsageError(
                 f"reply time-out {self.reply_timeout_ms} ms: choose 1000 to 3600000 milliseconds"
             )
-        if min(self.connect_timeout_s, self.call_timeout_s, self.long_timeout_s, self.ping_s) <= 0:
+        times = (self.connect_timeout_s, self.call_timeout_s, self.long_timeout_s)
+        if min(*times, self.unit_timeout_s, self.ping_s) <= 0:
             raise UsageError("time-outs are longer than 0 s")
 
 

@@ -8,7 +8,9 @@ between them: nothing is closed under a call that is going on.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -21,6 +23,7 @@ from lhblock._native import (
     VOLUME_READ_ONLY,
     Event,
     EventType,
+    NativeUnit,
     NativeVolume,
 )
 from lhblock.engine import wire
@@ -30,6 +33,7 @@ from lhblock.engine._engine import Engine
 from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import Store
 from lhblock.engine._threads import run_metadata
+from lhblock.engine._unit_connection import serve_units
 from lhblock.errors import NotServing, ReplicaIO, ReplicaLocked, UsageError
 
 log = structlog.get_logger(__name__)
@@ -38,6 +42,7 @@ T = TypeVar("T")
 Runner = Callable[..., Awaitable[T]]
 
 VIEWS_MAX: Final = 64
+UNIT_CONNECTIONS_MAX: Final = 16
 
 
 class HostedDevice(Device):
@@ -68,6 +73,29 @@ class HostedDevice(Device):
             self.close_connections()
 
 
+class _CheckedLayers:
+    """The layers of a member, for whoever may ask for one that there is not."""
+
+    def __init__(self, member: LocalMember) -> None:
+        self._member = member
+
+    def _check(self, image: str) -> str:
+        if image not in self._member.records.disks:
+            raise UsageError(f"replica {self._member.path} has no layer {image!r:.300}")
+        return image
+
+    def read_unit(self, image: str, offset_bytes: int, unit: NativeUnit) -> None:
+        self._member.read_unit(self._check(image), offset_bytes, unit)
+
+    def write_unit(self, image: str, offset_bytes: int, unit: NativeUnit, *, empty: bool) -> int:
+        return self._member.write_unit(self._check(image), offset_bytes, unit, empty=empty)
+
+
+async def _run_units(function: Callable[[], None]) -> None:
+    # Each has a thread for as long as it is there; how many there are is bounded by others.
+    await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(1))
+
+
 class HostedReplica:
     """A replica directory that one engine has opened.
 
@@ -92,6 +120,7 @@ class HostedReplica:
         self._idle = trio.Event()
         self._closing = False
         self._tree = trio.Lock()
+        self._unit_sockets: set[socket.socket] = set()
         self.engine_id = engine_id
         self.member = LocalMember(path, engine.native, flags)
         self.device: HostedDevice | None = None
@@ -219,6 +248,24 @@ class HostedReplica:
             await self._close_device(device)
             await run_metadata(store.close)
 
+    async def serve_units(self, sock: socket.socket) -> None:
+        """Answer on a connection for units until it ends, or this is closed. Closes the socket.
+
+        Raises:
+          OSError: the connection failed.
+
+        Not cancelled: closing ends it.
+        """
+        with sock, trio.CancelScope(shield=True):
+            sock.setblocking(True)
+            if self._closing or len(self._unit_sockets) >= UNIT_CONNECTIONS_MAX:
+                return
+            self._unit_sockets.add(sock)
+            try:
+                await self.run(_run_units, lambda: serve_units(sock, _CheckedLayers(self.member)))
+            finally:
+                self._unit_sockets.discard(sock)
+
     async def close(self, close_member: Callable[[], None]) -> None:
         """Close everything, the member last.
 
@@ -229,6 +276,9 @@ class HostedReplica:
         """
         with trio.CancelScope(shield=True):
             self._closing = True
+            for sock in self._unit_sockets:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
             while self._running:
                 await self._idle.wait()
             for view in list(self._views):

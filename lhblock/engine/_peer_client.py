@@ -8,7 +8,6 @@ no sense.
 from __future__ import annotations
 
 import socket
-import struct
 import uuid
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -18,6 +17,7 @@ from google.protobuf.message import Message
 
 from lhblock.engine import wire
 from lhblock.engine._config import RemoteLimits
+from lhblock.engine._unit_connection import receive
 from lhblock.errors import (
     ControlError,
     LhblockError,
@@ -31,9 +31,6 @@ from lhblock.rpc import PEER
 from lhblock.rpc.generated import peer_pb2 as pb
 from lhblock.settings import Listen, RemoteAddress
 
-_MAGIC: Final = 0x1B01
-_HEADER: Final = struct.Struct("<HIIqII")  # magic, sequence, type, offset, size, payload bytes
-_RESPONSE, _ERROR = 2, 3
 _SILENT: Final = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
 
 T = TypeVar("T")
@@ -189,21 +186,12 @@ class PeerClient:
 
     def _say_hello(self, sock: socket.socket, view: int) -> None:
         payload = self._identity.hello(view)
-        header = _HEADER.pack(_MAGIC, 0, wire.HELLO_FRAME, 0, len(payload), len(payload))
+        header = wire.HEADER.pack(wire.MAGIC, 0, wire.HELLO_FRAME, 0, len(payload), len(payload))
         sock.sendall(header + payload)
-        magic, sequence, kind, _, _, payload_bytes = _HEADER.unpack(_receive(sock, _HEADER.size))
-        if magic != _MAGIC or sequence != 0 or payload_bytes > wire.TEXT_CHARS_MAX:
+        reply = receive(sock, wire.HEADER.size)
+        magic, sequence, kind, _, _, payload_bytes = wire.HEADER.unpack(reply)
+        if magic != wire.MAGIC or sequence != 0 or payload_bytes > wire.TEXT_CHARS_MAX:
             raise ReplicaIO(str(self._address), "does not speak the data protocol on its data port")
-        text = _receive(sock, payload_bytes).decode(errors="replace")
-        if kind != _RESPONSE:
+        text = receive(sock, payload_bytes).decode(errors="replace")
+        if kind != wire.RESPONSE:
             raise ReplicaIO(str(self._address), f"refused a data connection: {text or kind}")
-
-
-def _receive(sock: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = sock.recv(count - len(data))
-        if not more:
-            raise ConnectionResetError(104, "it was closed")
-        data += more
-    return data

@@ -32,6 +32,7 @@ from lhblock.engine._alignment import Alignment
 from lhblock.engine._config import RemoteLimits
 from lhblock.engine._member import LayerDamage, LayerSize, Member, MergeKind, Store
 from lhblock.engine._peer_client import EngineIdentity, PeerClient
+from lhblock.engine._unit_connection import UnitConnection
 from lhblock.errors import LhblockError, ReplicaIO, ReplicaUnreachable
 from lhblock.replica import (
     ChecksumRecord,
@@ -92,6 +93,7 @@ class RemoteMember(Member):
         self._prepared = False  # a head, whether here or there is unknown
         self._promoting = False
         self._published_bytes = 0
+        self._unit_connections: list[UnitConnection] = []
         self._lock = threading.Lock()  # for what is known
 
     @property
@@ -253,6 +255,7 @@ class RemoteMember(Member):
         opened, self._records = self._records is not None, None
         self._prepared = self._promoting = False
         client, self._client = self._client, None
+        self._hang_up()
         try:
             if peer is not None:
                 peer.close()
@@ -492,14 +495,31 @@ class RemoteMember(Member):
     def begin_units(self, image: str, size_bytes: int) -> None:
         self._slow("BeginUnits", pb.PeerRange(image=image, length_bytes=size_bytes))
 
-    def read_unit(self, image: str, offset_bytes: int, unit: NativeUnit) -> None:
-        reply = self._slow("ReadUnit", pb.PeerRange(image=image, offset_bytes=offset_bytes))
+    @contextmanager
+    def _unit_connection(self) -> Iterator[UnitConnection]:
+        """A connection for units, kept for the next one when all goes well."""
+        client = self._connection
         try:
-            unit.unpack(reply.has, reply.discarded, reply.data)
-        except ValueError as error:
-            raise ReplicaIO(
-                self.address, f"sent a unit of {image} that is none: {error}"
-            ) from error
+            connection = self._unit_connections.pop()
+        except IndexError:
+            fd = client.connect(self._hello, wire.UNITS_VIEW)
+            connection = UnitConnection(fd, self.address, self._limits.unit_timeout_s)
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        self._unit_connections.append(connection)
+        if client is not self._client:
+            self._hang_up()  # it was closed meanwhile
+
+    def _hang_up(self) -> None:
+        while self._unit_connections:
+            self._unit_connections.pop().close()
+
+    def read_unit(self, image: str, offset_bytes: int, unit: NativeUnit) -> None:
+        with self._unit_connection() as connection:
+            connection.read(image, offset_bytes, unit)
 
     def hash_units(
         self,
@@ -518,17 +538,8 @@ class RemoteMember(Member):
         return hashes
 
     def write_unit(self, image: str, offset_bytes: int, unit: NativeUnit, *, empty: bool) -> int:
-        has, discarded, data = unit.pack()
-        request = pb.PeerUnit(
-            image=image,
-            offset_bytes=offset_bytes,
-            has=has,
-            discarded=discarded,
-            data=data,
-            empty=empty,
-        )
-        changed_bytes: int = self._slow("WriteUnit", request).bytes
-        return min(changed_bytes, UNIT_BYTES)
+        with self._unit_connection() as connection:
+            return min(connection.write(image, offset_bytes, unit, empty=empty), UNIT_BYTES)
 
     def sync_units(self, image: str) -> None:
         self._slow("SyncUnits", pb.PeerLayer(image=image))

@@ -36,6 +36,17 @@ HELLO_FRAME: Final = 0x4C05
 HELLO: Final = struct.Struct("<Q16sI")
 """Payload of the frame that begins a data connection: epoch, engine, view (0: the live chain)."""
 HEAD_VIEW: Final = 0
+UNITS_VIEW: Final = 0xFFFFFFFF
+"""Of a connection that carries units of layers, and no requests of clients."""
+UNIT_READ: Final = 0x4C10
+UNIT_WRITE: Final = 0x4C11
+UNIT_EMPTY: Final = 1
+"""Size field of a ``UNIT_WRITE``: the layer is known to have nothing there."""
+MAGIC: Final = 0x1B01
+HEADER: Final = struct.Struct("<HIIqII")
+"""Of a frame: magic, sequence, type, offset, size, payload bytes."""
+RESPONSE: Final = 2
+ERROR: Final = 3
 UNITS_MAX: Final = 64
 """In one call that hashes."""
 EXTENTS_MAX: Final = 1 << 16

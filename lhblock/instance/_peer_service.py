@@ -153,9 +153,7 @@ class PeerService:
             "BeginUnits": lambda member, request: member.begin_units(
                 _image(member, request.image), wire.count(request.length_bytes)
             ),
-            "ReadUnit": _read_unit,
             "HashUnits": _hash_units,
-            "WriteUnit": _write_unit,
             "SyncUnits": lambda member, request: member.sync_units(_image(member, request.image)),
             "ReadProgress": lambda member, _: pb.PeerData(data=member.read_progress().encode()),
             "WriteProgress": lambda member, request: member.write_progress(
@@ -479,13 +477,6 @@ def _extents(member: LocalMember, request: pb.PeerRange) -> Message:
     return reply
 
 
-def _read_unit(member: LocalMember, request: pb.PeerRange) -> Message:
-    with NativeUnit() as unit:
-        member.read_unit(_image(member, request.image), wire.count(request.offset_bytes), unit)
-        has, discarded, data = unit.pack()
-    return pb.PeerUnit(has=has, discarded=discarded, data=data)
-
-
 def _hash_units(member: LocalMember, request: pb.PeerHashUnits) -> Message:
     if len(request.offsets_bytes) > wire.UNITS_MAX:
         raise MalformedError(f"has more than {wire.UNITS_MAX} units")
@@ -495,18 +486,3 @@ def _hash_units(member: LocalMember, request: pb.PeerHashUnits) -> Message:
             _image(member, request.image), offsets, unit, shape_only=request.shape_only
         )
     return pb.PeerHashes(hashes=hashes)
-
-
-def _write_unit(member: LocalMember, request: pb.PeerUnit) -> Message:
-    with NativeUnit() as unit:
-        try:
-            unit.unpack(request.has, request.discarded, request.data)
-        except ValueError as error:
-            raise MalformedError(f"has a unit that is none: {error}") from error
-        changed_bytes = member.write_unit(
-            _image(member, request.image),
-            wire.count(request.offset_bytes),
-            unit,
-            empty=request.empty,
-        )
-    return pb.PeerSize(bytes=changed_bytes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import struct
 import uuid
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Final
 import structlog
 import trio
 
-from lhblock.engine import CloseReason, Connection, DrivenReplica, HostedDevice, wire
+from lhblock.engine import CloseReason, Connection, DrivenReplica, HostedDevice, HostedReplica, wire
 from lhblock.errors import LhblockError
 from lhblock.frontend.nbd import Listener, SocketBytes, detach, peer_name, tune
 from lhblock.instance._replica import Replica
@@ -98,7 +99,11 @@ class DataServer:
         tune(sock)
         try:
             connection = await self._refuse_until_open(sock)
-            reason = _REASONS[await connection.closed()]
+            if isinstance(connection, HostedReplica):
+                await connection.serve_units(socket.socket(fileno=detach(sock)))
+                reason = "connection for units ended"
+            else:
+                reason = _REASONS[await connection.closed()]
         except _Dropped as dropped:
             reason = str(dropped)
         except OSError as error:
@@ -108,8 +113,12 @@ class DataServer:
             self.connections -= 1
         self._note(peer, reason)
 
-    async def _refuse_until_open(self, sock: trio.socket.SocketType) -> Connection:
-        """Answer errors to requests until the replica is open; then hand the socket over."""
+    async def _refuse_until_open(self, sock: trio.socket.SocketType) -> Connection | HostedReplica:
+        """Answer errors to requests until the replica is open; then hand the socket over.
+
+        Returns:
+          The connection; or, when it is one for units, whom to hand it to.
+        """
         while True:
             await trio.lowlevel.wait_readable(sock)
             connection = self._hand_over(sock)
@@ -119,6 +128,8 @@ class DataServer:
                 device = await self._answer_frame(SocketBytes(sock))
             if scope.cancelled_caught:
                 raise _Dropped("peer stalled inside a request")
+            if isinstance(device, HostedReplica):
+                return device
             if device is not None:
                 return self._give(sock, device)
 
@@ -139,7 +150,7 @@ class DataServer:
             os.close(fd)
             raise _Dropped("the core refused it") from error
 
-    async def _answer_frame(self, stream: SocketBytes) -> HostedDevice | None:
+    async def _answer_frame(self, stream: SocketBytes) -> HostedDevice | HostedReplica | None:
         """Read one frame and answer it: with an error, unless it is the Hello of an engine that is
         let in; then return what its connection is for."""
         header = await _receive(stream, _HEADER.size, at_start=True)
@@ -170,12 +181,14 @@ class DataServer:
         await stream.send_all(reply + data)
         return None
 
-    def _admit(self, payload: bytes) -> HostedDevice | None:
+    def _admit(self, payload: bytes) -> HostedDevice | HostedReplica | None:
         """What the engine that says Hello may use; None: it is not the one."""
         _, engine, view = wire.HELLO.unpack(payload)
         hosted = self._replica.hosted
         if hosted is None or str(uuid.UUID(bytes=engine)) != hosted.engine_id:
             return None
+        if view == wire.UNITS_VIEW:
+            return hosted
         device = hosted.find_device(view)
         return None if device is None or device.error else device
 

@@ -45,9 +45,13 @@ enum {
   LHB_FRAME_ZERO = 0x4c03,
   LHB_FRAME_ZERO_NO_HOLE = 0x4c04,
   /* Opens a data connection: u64 epoch, 16 bytes id of the engine, u32 view: 0
-   * is the volume, another number a snapshot that was opened to be read.
+   * is the volume, another number a snapshot that was opened to be read, all
+   * ones a connection for units of layers, which has frames of its own.
    * Answered before the core gets the socket; the core does not know it. */
   LHB_FRAME_HELLO = 0x4c05,
+  /* Only on a connection for units (lhblock/engine/_unit_connection.py). */
+  LHB_FRAME_UNIT_READ = 0x4c10,
+  LHB_FRAME_UNIT_WRITE = 0x4c11,
   /* Refused with "operation not supported" where zeros would be written. */
   LHB_FRAME_ZERO_FAST = 0x4c06,
   LHB_FRAME_ZERO_FAST_NO_HOLE = 0x4c07,

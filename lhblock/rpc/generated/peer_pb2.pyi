@@ -318,22 +318,6 @@ class PeerStamp(_message.Message):
     mtime_ns: int
     def __init__(self, inode: _Optional[int] = ..., size_bytes: _Optional[int] = ..., mtime_ns: _Optional[int] = ...) -> None: ...
 
-class PeerUnit(_message.Message):
-    __slots__ = ("image", "offset_bytes", "has", "discarded", "data", "empty")
-    IMAGE_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
-    HAS_FIELD_NUMBER: _ClassVar[int]
-    DISCARDED_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    EMPTY_FIELD_NUMBER: _ClassVar[int]
-    image: str
-    offset_bytes: int
-    has: bytes
-    discarded: bytes
-    data: bytes
-    empty: bool
-    def __init__(self, image: _Optional[str] = ..., offset_bytes: _Optional[int] = ..., has: _Optional[bytes] = ..., discarded: _Optional[bytes] = ..., data: _Optional[bytes] = ..., empty: _Optional[bool] = ...) -> None: ...
-
 class PeerHashUnits(_message.Message):
     __slots__ = ("image", "offsets_bytes", "shape_only")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
