@@ -16,6 +16,7 @@ PACKAGES := \
 	nbdkit nbdkit-plugin-python gnutls-bin libnbd-bin python3-libnbd qemu-utils fio e2fsprogs xfsprogs zstd \
 	qemu-system-x86 qemu-system-common busybox-static cpio \
 	systemd \
+	tgt libiscsi-bin open-iscsi qemu-block-extra \
 	clang libclang-rt-14-dev
 
 # The kernel tests/kernel boots; downloaded and unpacked, never installed.
@@ -35,7 +36,8 @@ NATIVE := setup.py native/build.py native/cdef.h \
 MODULES := $(shell find lhblock -name '*.py' -not -name '*_pb2*.py')
 
 .PHONY: help packages venv native native-asan native-tsan test-asan test-tsan serve test check lint unit test-native \
-	test-native-asan test-native-tsan fuzz bench wheel proto kernel clean
+	test-native-asan test-native-tsan fuzz bench wheel proto kernel \
+	tgt-plugin install-tgt-plugin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 18
@@ -85,6 +87,28 @@ $(STAMPS)/native-asan $(STAMPS)/native-tsan: $(STAMPS)/native-%: $(NATIVE) $(MOD
 native-asan: $(STAMPS)/native-asan  ## build/asan/lib: the package with ASan and UBSan
 native-tsan: $(STAMPS)/native-tsan  ## build/tsan/lib: the package with TSan
 
+# The backing store that tgtd loads; its headers are those of the tgt that is installed, and only a
+# tgtd of that version is given it.
+TGT_SOURCE := build/tgt-source
+TGT_MODULE = lhblock/frontend/tgt/bs_lhblock-$(shell cat $(TGT_SOURCE)/version 2>/dev/null).so
+TGT_CFLAGS := -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -shared -pthread -fno-strict-aliasing \
+	-fvisibility=hidden -fstack-protector-strong -Wall -Wextra -Wshadow -Wconversion -Werror
+
+$(TGT_SOURCE)/version: | packages
+	@plugins/tgt/fetch-source $(TGT_SOURCE)
+
+$(STAMPS)/tgt-plugin: $(wildcard plugins/tgt/*.c plugins/tgt/*.h) native/include/lhb_bytes.h \
+		native/include/lhb_util.h $(TGT_SOURCE)/version
+	@mkdir -p $(@D)
+	@rm -f lhblock/frontend/tgt/bs_lhblock-*.so
+	$(CC) $(TGT_CFLAGS) -isystem $(TGT_SOURCE)/usr -Inative/include plugins/tgt/*.c -o $(TGT_MODULE)
+	@touch $@
+
+tgt-plugin: $(STAMPS)/tgt-plugin  ## the backing store for tgtd (fetches tgt's source package)
+
+install-tgt-plugin: tgt-plugin  ## ... where a tgtd that runs already looks for it (root)
+	install -D -m 644 $(TGT_MODULE) /usr/lib/tgt/backing-store/bs_lhblock.so
+
 build/kernel/vmlinuz: | packages
 	@tests/kernel/fetch-kernel $(KERNEL_PACKAGE) build/kernel
 
@@ -97,7 +121,7 @@ serve: native  ## serve a volume: VOLUME=demo SIZE=10G
 
 # ---- Tests.
 
-test: lint test-native test-native-asan test-native-tsan test-asan test-tsan native kernel  ## everything
+test: lint test-native test-native-asan test-native-tsan test-asan test-tsan native tgt-plugin kernel  ## everything
 	$(BIN)/pytest
 
 check: lint test-native unit  ## the fast part of it
@@ -134,7 +158,7 @@ test-tsan: native-tsan  ## the concurrent model tests on a core with TSan
 fuzz: packages  ## fuzz the NBD parser: FUZZ_SECONDS=60
 	$(MAKE) -C native fuzz
 
-bench: native  ## us and the peers, interleaved: BENCH_ROUNDS=5 BENCH_SECONDS=3
+bench: native tgt-plugin  ## us and the peers, interleaved: BENCH_ROUNDS=5 BENCH_SECONDS=3
 	$(BIN)/python -m tests.bench
 
 wheel: venv  ## dist/: sdist and wheel
@@ -144,5 +168,5 @@ proto: venv  ## generate the Python code of lhblock/rpc/*.proto
 	$(BIN)/python -m lhblock.rpc.generate
 
 clean:  ## what was built; volumes are not touched
-	rm -rf build dist *.egg-info lhblock/*.so
+	rm -rf build dist *.egg-info lhblock/*.so lhblock/frontend/tgt/*.so
 	@[ ! -e native/Makefile ] || $(MAKE) -C native clean
