@@ -37,6 +37,7 @@ from lhblock.errors import (
     ReplicaForeign,
     ReplicaIO,
     ReplicaStale,
+    ReplicaUnreachable,
     ReplicaUnsupported,
 )
 from lhblock.replica import Disk, LayerStamp, RebuildProgress, snapshot_image
@@ -48,6 +49,8 @@ SYSTEM_PREFIX: Final = "rebuild-"
 RETRY_S_MIN: Final = 1.0
 RETRY_S_MAX: Final = 300.0
 """A rebuild that failed is tried again after this long, twice as long each time."""
+UNREACHABLE_S_MAX: Final = 30.0
+"""The most for a replica whose process does not answer: asking costs next to nothing."""
 
 
 @dataclass
@@ -250,7 +253,10 @@ class Rebuilder:
             await self._give_up(member, reason)
             work.phase, work.error = "waiting", reason
             work.refused = isinstance(failure, ReplicaError) and not _is_passing(failure)
-            delay_s = min(RETRY_S_MAX, RETRY_S_MIN * 2 ** min(work.attempts - 1, 16))
+            longest_s = (
+                UNREACHABLE_S_MAX if isinstance(failure, ReplicaUnreachable) else RETRY_S_MAX
+            )
+            delay_s = min(longest_s, RETRY_S_MIN * 2 ** min(work.attempts - 1, 16))
             work.not_before_s = trio.current_time() + delay_s
             log.error(
                 "replica not rebuilt",
