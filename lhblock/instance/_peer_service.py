@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import structlog
+import trio
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
@@ -37,6 +38,8 @@ from lhblock.rpc import Call, CallFailed, Handler, Handlers
 from lhblock.rpc.generated import peer_pb2 as pb
 
 ENGINE_CHARS_MAX: Final = 64
+GONE_WAIT_S: Final = 2.0
+GONE_POLL_S: Final = 0.02
 
 _MERGES: Final[Mapping[str, MergeKind]] = {
     "prune": "prune",
@@ -202,11 +205,18 @@ class PeerService:
             raise ReplicaLocked(self._replica.path, "another engine has opened it")
         return hosted
 
-    def _refuse_in_use(self, call: Call) -> None:
-        """Another engine that is connected keeps it; one that is not has gone."""
+    async def _refuse_in_use(self, call: Call) -> None:
+        """Another engine that is connected keeps it; one that is not has gone.
+
+        One that was killed a moment ago may not be known to have gone.
+        """
         hosted = self._replica.hosted
         if hosted is None or hosted.engine_id == self._engine_id(call):
             return
+        with trio.move_on_after(GONE_WAIT_S):
+            # Nobody tells when the last one ends, and this is asked once in a while only.
+            while hosted.connections:  # noqa: ASYNC110
+                await trio.sleep(GONE_POLL_S)
         if hosted.connections:
             raise ReplicaLocked(
                 self._replica.path, f"is in use by engine {hosted.engine_id}; stop that one first"
@@ -290,7 +300,7 @@ class PeerService:
             )
 
         async with self._replica.lock:
-            self._refuse_in_use(call)
+            await self._refuse_in_use(call)
             await self._replica.with_member(make)
         return Empty()
 
@@ -311,7 +321,7 @@ class PeerService:
         self, call: Call, open_member: Callable[[LocalMember], None], read_only: bool
     ) -> Message:
         async with self._replica.lock:
-            self._refuse_in_use(call)
+            await self._refuse_in_use(call)
             hosted = await self._replica.host(
                 self._engine_id(call), open_member, read_only=read_only
             )

@@ -23,7 +23,7 @@ import trio
 
 from lhblock.engine import CloseReason, Connection, DrivenReplica, HostedDevice, HostedReplica, wire
 from lhblock.errors import LhblockError
-from lhblock.frontend.nbd import Listener, SocketBytes, detach, peer_name, tune
+from lhblock.frontend.nbd import Listener, SocketBytes, detach, notice_loss, peer_name, tune
 from lhblock.instance._replica import Replica
 
 CONNECTIONS_MAX: Final = 64
@@ -128,6 +128,9 @@ class DataServer:
                 device = await self._answer_frame(SocketBytes(sock))
             if scope.cancelled_caught:
                 raise _Dropped("peer stalled inside a request")
+            if device is not None:
+                # Another engine waits for the end of the connections of one that has gone.
+                notice_loss(sock)
             if isinstance(device, HostedReplica):
                 return device
             if device is not None:

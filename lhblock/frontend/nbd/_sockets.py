@@ -6,6 +6,7 @@ stay with the socket for its transmission phase and make large reads trickle.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from typing import Final
@@ -17,6 +18,8 @@ from ._uri import format_address
 UNIX_BUFFER_BYTES: Final = 1 << 20  # asked for; the kernel may grant less
 KEEPALIVE_IDLE_S: Final = 60
 KEEPALIVE_INTERVAL_S: Final = 15
+LOSS_IDLE_S: Final = 5
+LOSS_PROBES: Final = 3
 KEEPALIVE_PROBES: Final = 4  # so a vanished peer is noticed after two minutes
 
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid
@@ -60,6 +63,19 @@ def tune(sock: trio.socket.SocketType) -> None:
         except OSError:
             # The peer may be gone already, which the first read will tell.
             continue
+
+
+def notice_loss(sock: trio.socket.SocketType) -> None:
+    """Let the kernel find out within half a minute that the host at the other end has gone."""
+    if sock.family == socket.AF_UNIX:
+        return
+    for option, value in (
+        (socket.TCP_KEEPIDLE, LOSS_IDLE_S),
+        (socket.TCP_KEEPINTVL, LOSS_IDLE_S),
+        (socket.TCP_KEEPCNT, LOSS_PROBES),
+    ):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def peer_name(sock: trio.socket.SocketType, address: object) -> str:
