@@ -2,6 +2,7 @@
 
     LhblockError
     ├ UsageError                      a wrong argument; exit status 2
+    ├ NoBackend                       a controller can use no replica; exit status 61
     ├ VolumeError(volume)             something about a volume; exit status 1
     │   ├ VolumeNotFound · VolumeExists · VolumeBusy · VolumeFaulted · NotServing
     │   ├ SnapshotNotFound · SnapshotExists · SnapshotBusy · SnapshotLimit
@@ -35,6 +36,12 @@ class UsageError(LhblockError):
     """A wrong argument. Nothing was done."""
 
     exit_status = 2
+
+
+class NoBackend(LhblockError):
+    """A controller can use none of the replicas it was started with."""
+
+    exit_status = 61  # what Longhorn's managers look for
 
 
 class VolumeError(LhblockError):

@@ -28,6 +28,7 @@ class App:
     debug: bool = False
     volume_name: str = ""
     instance_name: str = ""
+    engine_instance_name: str = ""
 
     @property
     def data_dir(self) -> DataDir:
@@ -92,7 +93,7 @@ def common_options(function: F) -> F:
 
 
 def identity_options(function: F) -> F:
-    """``--volume-name`` and ``--replica-instance-name``, which Longhorn puts before the command."""
+    """Names of volumes and instances, which Longhorn puts before the command."""
     options = [
         click.option(
             "--volume-name",
@@ -108,6 +109,13 @@ def identity_options(function: F) -> F:
             expose_value=False,
             callback=_store,
             help="The same for the instance of a replica.",
+        ),
+        click.option(
+            "--engine-instance-name",
+            metavar="NAME",
+            expose_value=False,
+            callback=_store,
+            help="The same for the instance of a controller.",
         ),
     ]
     for option in reversed(options):

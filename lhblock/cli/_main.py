@@ -18,6 +18,11 @@ INTERRUPTED = 130
 
 _COMMANDS = {
     "serve": ("lhblock.cli._serve", "serve", "Serve volumes over NBD until stopped."),
+    "controller": (
+        "lhblock.cli._controller",
+        "controller",
+        "The engine of one volume with replicas elsewhere, controlled over gRPC.",
+    ),
     "replica": (
         "lhblock.cli._replicas",
         "replica",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lhblock.cli._app import App, common_options, identity_options
+from lhblock.cli._longhorn import LonghornCommand
 from lhblock.cli._names import SizeType
 from lhblock.errors import UsageError
 from lhblock.settings import parse_listen, parse_size
@@ -19,32 +20,7 @@ if TYPE_CHECKING:
 _COUNT_MAX = 250
 
 
-class _LonghornCommand(click.Command):
-    """Takes ``--flag=true`` and ``--flag=false`` for options that are flags."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        flags = {
-            name: option
-            for option in self.params
-            if isinstance(option, click.Option) and option.is_flag
-            for name in option.opts
-        }
-        spelled = []
-        for arg in args:
-            name, equals, value = arg.partition("=")
-            option = flags.get(name) if equals else None
-            if option is None:
-                spelled.append(arg)
-            elif value.lower() in ("true", "t", "1"):
-                spelled.append(name)
-            elif value.lower() in ("false", "f", "0"):
-                spelled.extend(option.secondary_opts[:1])
-            else:
-                raise UsageError(f"{name} {value!r}: give true or false")
-        return super().parse_args(ctx, spelled)
-
-
-@click.command(cls=_LonghornCommand)
+@click.command(cls=LonghornCommand)
 @click.argument("directory", metavar="DIR")
 @click.option(
     "--listen",

@@ -276,6 +276,23 @@ class Volume(Device):
                 await run_metadata(lambda: member.close(clean=False))
         log.info("replica removed", volume=self.name, replica=str(place))
 
+    async def fail_replica(self, place: Place, reason: str) -> None:
+        """Treat a replica as failed. It is brought back like any that failed.
+
+        Raises:
+          UsageError: it is no replica of the volume.
+          VolumeBusy: it is the last usable one.
+
+        Not cancelled once it is marked.
+        """
+        member = self._find(place)
+        if member is None:
+            raise UsageError(f"volume {self.name} has no replica {place}")
+        self._replicas.refuse_removal(member)
+        if self._replicas.note_failure(member, reason):
+            with trio.CancelScope(shield=True):
+                await self._replicas.withdraw()
+
     def _find(self, place: Place) -> Member | None:
         return self._replicas.find(address_of(place))
 

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
         open_channel,
         served_channel,
     )
+    from lhblock.instance._controller_process import (
+        ControllerOptions,
+        ControllerReady,
+        run_controller,
+    )
     from lhblock.instance._creation import create_volume, uncreate_volume
     from lhblock.instance._features import machine_features
     from lhblock.instance._logging import configure_logging
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
     from lhblock.instance._settings import ServeSettings, serve_settings
 
 _HOMES = {
+    "ControllerOptions": "_controller_process",
+    "ControllerReady": "_controller_process",
     "Holder": "_serving",
     "Notifier": "_notify",
     "Ready": "_serve",
@@ -52,6 +59,7 @@ _HOMES = {
     "removable": "_removal",
     "remove_dead_sockets": "_serving",
     "remove_replica": "_removal",
+    "run_controller": "_controller_process",
     "run_replica": "_replica_process",
     "run_serve": "_serve",
     "serve_settings": "_settings",
@@ -61,6 +69,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "ControllerOptions",
+    "ControllerReady",
     "Holder",
     "Notifier",
     "Ready",
@@ -81,6 +91,7 @@ __all__ = [
     "removable",
     "remove_dead_sockets",
     "remove_replica",
+    "run_controller",
     "run_replica",
     "run_serve",
     "serve_settings",

@@ -1,29 +1,39 @@
 """``ptypes.ControllerService`` for the volumes of this process: Longhorn's calls, our engine.
 
-The message texts are those Longhorn's clients match; what an embedded volume lacks (remote
-replicas, rebuilds) answers UNIMPLEMENTED with a sentence.
+The message texts are those Longhorn's clients match. In a controller process, which has a
+`VolumeHost`, everything works; what a serving process lacks answers UNIMPLEMENTED with a sentence.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import trio
 from google.protobuf.empty_pb2 import Empty
 
 from lhblock import __version__
 from lhblock.errors import (
+    LhblockError,
     SnapshotExists,
     VolumeBusy,
     VolumeError,
+)
+from lhblock.instance._membership import (
+    add_replica,
+    remove_replica,
+    replica_place,
+    sentences,
 )
 from lhblock.instance._registry import Registry
 from lhblock.instance._served import ServedVolume, no_new_clients
 from lhblock.rpc import Call, CallFailed, Handler, Handlers
 from lhblock.rpc.generated import controller_pb2 as pb
 from lhblock.settings import BLOCK_BYTES, check_snapshot_name
+
+if TYPE_CHECKING:
+    from lhblock.instance._volume_host import VolumeHost
 
 VERSIONS: dict[str, Any] = {
     "cliAPIVersion": 12,
@@ -35,26 +45,26 @@ VERSIONS: dict[str, Any] = {
 }
 
 _EMBEDDED = (
-    "the replicas of this volume are directories of the serving process, which cannot {what};"
-    " use a controller with remote replicas"
+    "this process serves its volumes from its start to its end and cannot {what}; use"
+    " 'lhblock controller'"
 )
-_LACKING = {
-    "VolumeStart": "start with other replicas",
-    "VolumeShutdown": "close them and go on; stop the process with SIGTERM",
-    "ControllerReplicaCreate": "add replicas",
-    "ReplicaDelete": "remove replicas",
-    "ReplicaUpdate": "change their mode",
-    "ReplicaPrepareRebuild": "rebuild",
-    "ReplicaVerifyRebuild": "rebuild",
+_HOSTED = {
+    "VolumeStart": "start one with other replicas",
+    "VolumeShutdown": "close one and go on; stop the process with SIGTERM",
 }
 _COUNT_MAX_DEFAULT = 250
 
 
 class Choice:
-    """Which of the served volumes a call means."""
+    """Which of the served volumes a call means.
 
-    def __init__(self, volumes: Mapping[str, ServedVolume]) -> None:
+    Args:
+      host: the volume that may be closed now, of a controller.
+    """
+
+    def __init__(self, volumes: Mapping[str, ServedVolume], host: VolumeHost | None = None) -> None:
         self._volumes = volumes
+        self._host = host
 
     def check(self, call: Call) -> None:
         """Refuse a call that names a volume this process does not serve."""
@@ -65,7 +75,19 @@ class Choice:
             )
 
     def volume(self, call: Call) -> ServedVolume:
-        """Return the volume the metadata names; without a name, the only one."""
+        """Return the volume the metadata names; without a name, the only one.
+
+        Raises:
+          CallFailed: a controller's volume is closed, or there are several and none was named.
+        """
+        if self._host is not None:
+            if self._host.served is None:
+                raise CallFailed(
+                    "UNKNOWN",
+                    f"volume {self._host.name} is stopped: it has no replicas until VolumeStart"
+                    " or ControllerReplicaCreate names some",
+                )
+            return self._host.served
         sent = call.value("volume-name")
         if sent:
             return self._volumes[sent]
@@ -80,11 +102,16 @@ class Choice:
 
 
 class ControllerService:
-    """The handlers. `handlers` is the table for `lhblock.rpc.serve_rpc`."""
+    """The handlers. `handlers` is the table for `lhblock.rpc.serve_rpc`.
 
-    def __init__(self, choice: Choice, registry: Registry) -> None:
+    Args:
+      host: starts and stops the volume of a controller.
+    """
+
+    def __init__(self, choice: Choice, registry: Registry, host: VolumeHost | None = None) -> None:
         self._choice = choice
         self._registry = registry
+        self._host = host
 
     @property
     def handlers(self) -> Handlers:
@@ -104,11 +131,35 @@ class ControllerService:
             "ReplicaRebuildConcurrentSyncLimitGet": self.sync_limit_get,
             "VersionDetailGet": self.version_get,
             "MetricsGet": self.metrics_get,
+            "VolumeStart": self.volume_start,
+            "VolumeShutdown": self.volume_shutdown,
+            "ControllerReplicaCreate": self.replica_create,
+            "ReplicaDelete": self.replica_delete,
+            "ReplicaUpdate": self.replica_update,
+            "ReplicaPrepareRebuild": self.prepare_rebuild,
+            "ReplicaVerifyRebuild": self.verify_rebuild,
+            "JournalList": self._journal,
         }
-        return served | dict.fromkeys(_LACKING, self._lacking) | {"JournalList": self._journal}
+        return served
 
     async def volume_get(self, _request: Empty, call: Call) -> pb.Volume:
+        if self._host is not None and self._host.served is None:
+            return self._describe_closed(self._host)
         return self._describe(self._choice.volume(call))
+
+    async def volume_start(self, request: pb.VolumeStartRequest, call: Call) -> pb.Volume:
+        host = self._hosted(call)
+        if request.replicaAddresses and host.served is None:
+            try:
+                await host.start(request.replicaAddresses, request.currentSize or request.size)
+            except LhblockError as error:
+                raise CallFailed("UNKNOWN", no_backend(request.replicaAddresses, error)) from error
+        return await self.volume_get(Empty(), call)
+
+    async def volume_shutdown(self, _request: Empty, call: Call) -> pb.Volume:
+        host = self._hosted(call)
+        await host.shutdown()
+        return self._describe_closed(host)
 
     async def volume_snapshot(
         self, request: pb.VolumeSnapshotRequest, call: Call
@@ -158,8 +209,13 @@ class ControllerService:
         return self._describe(served)
 
     async def frontend_start(self, request: pb.VolumeFrontendStartRequest, call: Call) -> pb.Volume:
-        served = self._choice.volume(call)
         name = request.frontend
+        if name and self._host is not None and self._host.served is None:
+            # Kept until there is a volume to offer.
+            self._check_frontend(name, self._host.frontends)
+            self._host.frontend = name
+            return self._describe_closed(self._host)
+        served = self._choice.volume(call)
         if served.expansion.running:
             raise CallFailed("UNKNOWN", "cannot start frontend during the engine expansion")
         if not name:
@@ -169,24 +225,32 @@ class ControllerService:
                 "UNKNOWN",
                 f"frontend {served.frontend} is already started, cannot be set as {name}",
             )
-        if name not in served.frontends:
-            raise CallFailed(
-                "UNKNOWN", f"failed to find frontend: {name}: unsupported frontend type: {name}"
-            )
+        self._check_frontend(name, served.frontends)
         served.frontend, served.frontend_up = name, True
         return self._describe(served)
 
     async def frontend_shutdown(self, _request: Empty, call: Call) -> pb.Volume:
+        if self._host is not None and self._host.served is None:
+            return self._describe_closed(self._host)
         served = self._choice.volume(call)
         served.frontend_up = False
         await served.wait_idle()
         return self._describe(served)
 
+    @staticmethod
+    def _check_frontend(name: str, known: Sequence[str]) -> None:
+        if name not in known:
+            raise CallFailed(
+                "UNKNOWN", f"failed to find frontend: {name}: unsupported frontend type: {name}"
+            )
+
     async def unmap_mark_set(
         self, request: pb.VolumeUnmapMarkSnapChainRemovedSetRequest, call: Call
     ) -> pb.Volume:
         served = self._choice.volume(call)
-        if request.enabled:
+        if self._host is not None:
+            self._host.unmap_mark = request.enabled
+        elif request.enabled:
             raise CallFailed(
                 "UNIMPLEMENTED",
                 "discards here never mark snapshots as removed: they give back the space of the"
@@ -210,19 +274,92 @@ class ControllerService:
         return self._describe(served)
 
     async def replica_list(self, _request: Empty, call: Call) -> pb.ReplicaListReply:
+        if self._host is not None and self._host.served is None:
+            return pb.ReplicaListReply()
         replicas = self._choice.volume(call).volume.replicas()
         return pb.ReplicaListReply(
             replicas=[_replica(item.address, item.mode) for item in replicas]
         )
 
     async def replica_get(self, request: pb.ReplicaAddress, call: Call) -> pb.ControllerReplica:
+        return self._find(self._choice.volume(call), request.address)
+
+    async def replica_create(
+        self, request: pb.ControllerReplicaCreateRequest, call: Call
+    ) -> pb.ControllerReplica:
+        """Add a replica. The engine rebuilds it by itself; it is WO until that is done."""
+        address = request.address
+        if self._host is not None and self._host.served is None:
+            try:
+                await self._host.start([address])
+            except LhblockError as error:
+                raise CallFailed("UNKNOWN", str(error)) from error
         served = self._choice.volume(call)
+        place = replica_place(address)
+        if served.expansion.running:
+            raise CallFailed("UNKNOWN", "cannot add WO replica during expansion")
+        if not any(item.address == str(place) for item in served.volume.replicas()):
+            await add_replica(self._registry, served, place)
+        return self._find(served, str(place))
+
+    async def replica_delete(self, request: pb.ReplicaAddress, call: Call) -> Empty:
+        served = self._choice.volume(call)
+        place = replica_place(request.address)
+        replicas = served.volume.replicas()
+        if any(item.address == str(place) for item in replicas):
+            if len(replicas) == 1 and served.frontend_up:
+                raise CallFailed("UNKNOWN", "cannot remove last replica if volume is up")
+            await remove_replica(self._registry, served, place)
+        return Empty()
+
+    async def replica_update(
+        self, request: pb.ControllerReplica, call: Call
+    ) -> pb.ControllerReplica:
+        served = self._choice.volume(call)
+        address = request.address.address
+        found = self._find(served, address)
+        if request.mode == pb.WO:
+            raise CallFailed("UNKNOWN", "cannot set to mode WO")
+        if request.mode == pb.RW and found.mode == pb.WO:
+            raise CallFailed(
+                "UNKNOWN", f"{address} is being rebuilt and becomes RW when that is done"
+            )
+        if request.mode == pb.ERR and found.mode != pb.ERR:
+            with sentences():
+                await served.volume.fail_replica(
+                    replica_place(address), "set to ERR through the control service"
+                )
+        return self._find(served, address)
+
+    async def prepare_rebuild(
+        self, request: pb.ReplicaAddress, call: Call
+    ) -> pb.ReplicaPrepareRebuildReply:
+        """Nothing is left for the caller to copy: the engine copies itself."""
+        found = self._find(self._choice.volume(call), request.address)
+        if found.mode != pb.WO:
+            mode = pb.ReplicaMode.Name(found.mode)
+            raise CallFailed(
+                "UNKNOWN", f"invalid mode {mode} for replica {request.address} to prepare rebuild"
+            )
+        return pb.ReplicaPrepareRebuildReply(replica=found)
+
+    async def verify_rebuild(self, request: pb.ReplicaAddress, call: Call) -> pb.ControllerReplica:
+        """Wait until a replica is RW, however many attempts it takes, up to the call's deadline."""
+        served = self._choice.volume(call)
+        found = self._find(served, request.address)
+        if found.mode != pb.RW:
+            with sentences():
+                await served.volume.wait_rebuilt(replica_place(request.address))
+        return self._find(served, request.address)
+
+    @staticmethod
+    def _find(served: ServedVolume, address: str) -> pb.ControllerReplica:
         for replica in served.volume.replicas():
-            if replica.address == request.address:
+            if replica.address == address:
                 return _replica(replica.address, replica.mode)
         raise CallFailed(
             "NOT_FOUND",
-            f"cannot find the replica with address {request.address} in the controller server of"
+            f"cannot find the replica with address {address} in the controller server of"
             f" volume {served.name}",
         )
 
@@ -262,9 +399,11 @@ class ControllerService:
             )
         )
 
-    async def _lacking(self, _request: Any, call: Call) -> NoReturn:
-        what = _LACKING[call.method.name]
-        raise CallFailed("UNIMPLEMENTED", _EMBEDDED.format(what=what))
+    def _hosted(self, call: Call) -> VolumeHost:
+        if self._host is None:
+            what = _HOSTED[call.method.name]
+            raise CallFailed("UNIMPLEMENTED", _EMBEDDED.format(what=what))
+        return self._host
 
     async def _journal(self, _request: Any, _call: Call) -> NoReturn:
         raise CallFailed(
@@ -284,6 +423,16 @@ class ControllerService:
                 lambda: self._registry.update(served.name, **changes)
             )
 
+    @staticmethod
+    def _describe_closed(host: VolumeHost) -> pb.Volume:
+        return pb.Volume(
+            name=host.name,
+            size=host.size_bytes,
+            frontend=host.frontend,
+            frontendState="down" if host.frontend else "",
+            unmap_mark_snap_chain_removed=host.unmap_mark,
+        )
+
     def _describe(self, served: ServedVolume) -> pb.Volume:
         volume = served.volume
         state = "" if not served.frontend else "up" if served.frontend_up else "down"
@@ -295,11 +444,18 @@ class ControllerService:
             frontend=served.frontend,
             frontendState=state,
             isExpanding=served.expansion.running,
+            unmap_mark_snap_chain_removed=self._host is not None and self._host.unmap_mark,
             last_expansion_error=served.expansion.error,
             last_expansion_failed_at=served.expansion.failed_at,
             snapshot_max_count=served.record.snapshot_count_max,
             snapshot_max_size=served.record.snapshot_bytes_max,
         )
+
+
+def no_backend(addresses: Sequence[str], error: LhblockError) -> str:
+    """The words that Longhorn's clients look for, and the reason."""
+    listed = " ".join(addresses)
+    return f"no available backend due to replica error from the addresses [{listed}]: {error}"
 
 
 def check_revert_target(served: ServedVolume, name: str) -> None:

@@ -49,8 +49,8 @@ async def create_volume(
 
     Directories that hold a replica already, Longhorn's included, are adopted: then all must, and
     the size is theirs. Directories that are absent or empty get a new replica each. The same is
-    true of replica processes; a replica that one has made by itself, and that is of zeros and the
-    right size, counts as a new one where others are new.
+    true of replica processes; a replica that one has made by itself and that is of zeros counts as
+    a new one where no other holds data, and has to have the volume's size.
 
     Args:
       size_bytes: of the new replicas; may be None when existing ones are adopted.
@@ -76,10 +76,18 @@ async def create_volume(
         if name in registry.names():
             raise VolumeExists(name, f"it exists already in {registry.data_dir.path}")
         found = {place: _kind(place, greetings) for place in places}
-        if MADE_FILES in found.values() or MADE_DIRECTORY in found.values():
-            for place, hello in greetings.items():
-                if hello.blank and hello.size_bytes == size_bytes:
-                    found[place] = MADE_FILES
+        blank = {place: hello.size_bytes for place, hello in greetings.items() if hello.blank}
+        if blank and not any(
+            kind == MADE_NOTHING for place, kind in found.items() if place not in blank
+        ):
+            size_bytes = size_bytes or max(blank.values())
+            for place, bytes_ in blank.items():
+                if bytes_ != size_bytes:
+                    raise UsageError(
+                        f"volume {name}: {place} was made with {bytes_} bytes, not {size_bytes};"
+                        " give all replicas and the volume the same size"
+                    )
+                found[place] = MADE_FILES
         adopted = [place for place, kind in found.items() if kind == MADE_NOTHING]
         if adopted and len(adopted) < len(places):
             missing = next(place for place in places if place not in adopted)

@@ -15,10 +15,11 @@ import trio
 from lhblock.engine import CacheMode, DriverChoice, Engine, EngineOptions, open_engine
 from lhblock.errors import FrontendError, LhblockError, UsageError
 from lhblock.frontend.nbd import Listener, open_tcp_listeners, open_unix_listener
+from lhblock.instance._identity import check_identity
 from lhblock.instance._peer_service import DataAddress, PeerService
 from lhblock.instance._replica import Replica, ReplicaState
 from lhblock.instance._replica_data import DataServer
-from lhblock.instance._replica_service import SNAPSHOT_COUNT_MAX, ReplicaService, check_identity
+from lhblock.instance._replica_service import SNAPSHOT_COUNT_MAX, ReplicaService
 from lhblock.instance._signals import watch_signals
 from lhblock.rpc import PEER, REPLICA, Call, serve_rpc
 from lhblock.settings import Listen
@@ -174,7 +175,7 @@ async def _start(options: ReplicaOptions, engine: Engine, nursery: trio.Nursery)
     serve_control = partial(
         serve_rpc,
         services=services,
-        check=check_identity(options.volume, options.instance),
+        check=check_identity("replica", options.volume, options.instance),
         unexpected=_log_unexpected,
         threads_max=CONTROL_THREADS_MAX,
         message_bytes_max=REQUEST_BYTES_MAX,

@@ -386,20 +386,3 @@ def _expansion_failed(
 def _text(error: LhblockError) -> str:
     # Engines look for these words as Go's standard library writes them.
     return str(error).replace("No space left on device", "no space left on device")
-
-
-def check_identity(volume: str, instance: str) -> Callable[[Call], None]:
-    """What `serve_rpc` calls before every handler: is the caller looking for this replica?"""
-
-    def check(call: Call) -> None:
-        for key, what, own in (
-            ("volume-name", "volume name", volume),
-            ("instance-name", "instance name", instance),
-        ):
-            sent = call.value(key)
-            if own and sent and sent != own:
-                raise CallFailed(
-                    "FAILED_PRECONDITION", f"incorrect {what} {sent}; check replica address"
-                )
-
-    return check

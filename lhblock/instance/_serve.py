@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import trio
@@ -39,7 +40,7 @@ from lhblock.instance._serving import remove_dead_sockets, serving
 from lhblock.instance._settings import ServeSettings
 from lhblock.instance._signals import watch_signals
 from lhblock.instance._volume_service import VolumeService
-from lhblock.rpc import CONTROLLER, VOLUME, Call, serve_rpc
+from lhblock.rpc import CONTROLLER, VOLUME, Call, Handlers, serve_rpc
 from lhblock.settings import (
     SOCKET_PATH_BYTES_MAX,
     DataDir,
@@ -48,6 +49,9 @@ from lhblock.settings import (
     parse_listen,
     parse_replica,
 )
+
+if TYPE_CHECKING:
+    from lhblock.instance._volume_host import VolumeHost
 
 _log = structlog.get_logger("lhblock.instance")
 
@@ -87,7 +91,7 @@ class Ready:
 
 
 @dataclass
-class _Process:
+class Process:
     """What one `run_serve` has open."""
 
     data_dir: DataDir
@@ -129,7 +133,7 @@ async def run_serve(
         failure: Exception | None = None
         try:
             with stop:
-                process = _Process(data_dir, Registry(data_dir), settings)
+                process = Process(data_dir, Registry(data_dir), settings)
                 await _serve(process, names, size_bytes, on_ready, notifier, stdio=stdio)
         except Exception as error:
             failure = error
@@ -139,7 +143,7 @@ async def run_serve(
 
 
 async def _serve(
-    process: _Process,
+    process: Process,
     names: Sequence[str],
     size_bytes: int | None,
     on_ready: Callable[[Ready], None],
@@ -149,17 +153,21 @@ async def _serve(
 ) -> None:
     data_dir, settings = process.data_dir, process.settings
     _check_names(process, names, size_bytes)
-    keys = _tls_keys(settings, stdio=stdio)
+    keys = tls_keys(settings, stdio=stdio)
     data_dir.prepare()
     with suppress(OSError):
         remove_dead_sockets(data_dir)
     async with AsyncExitStack() as stack:
         has_nbd = "nbd" in settings.frontend
-        listeners = [] if stdio or not has_nbd else await _listen(stack, data_dir, settings, keys)
+        listeners = (
+            []
+            if stdio or not has_nbd
+            else await listen_for_clients(stack, data_dir, settings, keys)
+        )
         records = await _records(stack, process, names, size_bytes)
-        engine = await stack.enter_async_context(open_engine(_engine_options(settings)))
+        engine = await stack.enter_async_context(open_engine(engine_options(settings)))
         for record in records:
-            await _open(stack, process, engine, record, listeners)
+            await open_recorded(stack, process, engine, record, listeners)
         exports = VolumeExports(process.volumes)
         server: list[NbdServer] = []
 
@@ -167,13 +175,13 @@ async def _serve(
             return server[0].clients() if server else ()
 
         async with trio.open_nursery() as nursery:
-            control = await _start_control(nursery, process, engine, clients)
+            control = await start_control(nursery, process, engine, clients)
             links = [data_dir.control_link(name) for name in process.volumes]
             try:
                 for link in links:
-                    _point(link, control.name)
+                    point_link(link, control.name)
                 if "fuse" in settings.frontend:
-                    await _start_fuse(nursery, process, engine)
+                    await start_fuse(nursery, process, engine)
                 if listeners:
                     server.append(
                         await nursery.start(
@@ -187,9 +195,9 @@ async def _serve(
                         )
                     )
                 if keys is not None:
-                    await _start_tls(nursery, settings, keys, listeners)
+                    await start_tls(nursery, settings, keys, listeners)
                 process.ready = True
-                ready = _ready(process, engine, listeners, control)
+                ready = ready_now(process, engine, listeners, control)
                 on_ready(ready)
                 notifier.ready(f"serving {', '.join(process.volumes)}")
                 if stdio:
@@ -201,12 +209,12 @@ async def _serve(
                 await trio.sleep_forever()
             finally:
                 for link in links:
-                    _unpoint(link, control.name)
+                    unpoint_link(link, control.name)
                 control.unlink(missing_ok=True)
                 nursery.cancel_scope.cancel()
 
 
-def _check_names(process: _Process, names: Sequence[str], size_bytes: int | None) -> None:
+def _check_names(process: Process, names: Sequence[str], size_bytes: int | None) -> None:
     settings = process.settings
     if "fuse" in settings.frontend and settings.fuse_dir is None:
         raise UsageError("--frontend fuse needs --fuse-dir, the directory to mount on")
@@ -249,7 +257,7 @@ def _check_names(process: _Process, names: Sequence[str], size_bytes: int | None
             )
 
 
-def _tls_keys(settings: ServeSettings, *, stdio: bool) -> TlsKeys | None:
+def tls_keys(settings: ServeSettings, *, stdio: bool) -> TlsKeys | None:
     keys = read_tls_keys(
         settings.tls_certificates,
         settings.tls_psk,
@@ -263,7 +271,7 @@ def _tls_keys(settings: ServeSettings, *, stdio: bool) -> TlsKeys | None:
     return keys
 
 
-async def _listen(
+async def listen_for_clients(
     stack: AsyncExitStack, data_dir: DataDir, settings: ServeSettings, keys: TlsKeys | None
 ) -> list[Listener]:
     listeners = adopt_activation_listeners(os.environ)
@@ -294,7 +302,7 @@ def _unix_path(listener: Listener) -> str:
 
 
 async def _records(
-    stack: AsyncExitStack, process: _Process, names: Sequence[str], size_bytes: int | None
+    stack: AsyncExitStack, process: Process, names: Sequence[str], size_bytes: int | None
 ) -> list[VolumeRecord]:
     records = []
     for name in names:
@@ -314,19 +322,19 @@ async def _records(
     return records
 
 
-def _undo(process: _Process, record: VolumeRecord) -> None:
+def _undo(process: Process, record: VolumeRecord) -> None:
     if not process.ready:
         with suppress(LhblockError):
             uncreate_volume(process.registry, record)
 
 
-def _engine_options(settings: ServeSettings) -> EngineOptions:
+def engine_options(settings: ServeSettings) -> EngineOptions:
     return EngineOptions(queues=settings.queues, workers=settings.workers, driver=settings.driver)
 
 
-async def _open(
+async def open_recorded(
     stack: AsyncExitStack,
-    process: _Process,
+    process: Process,
     engine: Engine,
     record: VolumeRecord,
     listeners: Sequence[Listener],
@@ -358,7 +366,7 @@ async def _open(
     process.volumes[record.name] = served
 
 
-async def _start_tls(
+async def start_tls(
     nursery: trio.Nursery, settings: ServeSettings, keys: TlsKeys, listeners: Sequence[Listener]
 ) -> None:
     secured = [listener for listener in listeners if listener.tls is not None]
@@ -370,7 +378,7 @@ async def _start_tls(
     )
 
 
-async def _start_fuse(nursery: trio.Nursery, process: _Process, engine: Engine) -> None:
+async def start_fuse(nursery: trio.Nursery, process: Process, engine: Engine) -> None:
     assert process.settings.fuse_dir is not None
     directory = Path.cwd() / process.settings.fuse_dir
 
@@ -390,21 +398,42 @@ def _file(settings: ServeSettings, name: str) -> str:
     return str(volume_file(Path.cwd() / settings.fuse_dir, name))
 
 
-async def _start_control(
+async def start_control(
     nursery: trio.Nursery,
-    process: _Process,
+    process: Process,
     engine: Engine,
     clients: Callable[[], Sequence[ClientInfo]],
 ) -> Path:
     choice = Choice(process.volumes)
+    path = control_path(process)
+    services = control_services(process, engine, choice, clients)
+    await nursery.start(
+        partial(serve_rpc, f"unix:{path}", services, check=choice.check, unexpected=log_unexpected)
+    )
+    return path
+
+
+def control_path(process: Process) -> Path:
+    """Where the control socket of this process goes."""
     path = process.data_dir.control_socket(os.getpid())
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
         raise UsageError(
             f"the path of the control socket, {path}, is longer than {SOCKET_PATH_BYTES_MAX}"
             " bytes; choose a shorter data directory"
         )
-    services = {
-        CONTROLLER: ControllerService(choice, process.registry).handlers,
+    return path
+
+
+def control_services(
+    process: Process,
+    engine: Engine,
+    choice: Choice,
+    clients: Callable[[], Sequence[ClientInfo]],
+    host: VolumeHost | None = None,
+) -> dict[str, Handlers]:
+    """The services that work on the volumes of this process."""
+    return {
+        CONTROLLER: ControllerService(choice, process.registry, host).handlers,
         VOLUME: VolumeService(
             choice,
             registry=process.registry,
@@ -413,32 +442,28 @@ async def _start_control(
             clients=clients,
         ).handlers,
     }
-    await nursery.start(
-        partial(serve_rpc, f"unix:{path}", services, check=choice.check, unexpected=_log_unexpected)
-    )
-    return path
 
 
-def _log_unexpected(call: Call, error: Exception) -> None:
+def log_unexpected(call: Call, error: Exception) -> None:
     _log.error("control call failed", method=call.method.path, exc_info=error)
 
 
-def _point(link: Path, target: str) -> None:
+def point_link(link: Path, target: str) -> None:
     scratch = link.with_name(f".{link.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(target)
     scratch.rename(link)
 
 
-def _unpoint(link: Path, target: str) -> None:
+def unpoint_link(link: Path, target: str) -> None:
     # Another process may have taken the volume over in the meantime.
     with suppress(OSError):
         if os.fspath(link.readlink()) == target:
             link.unlink()
 
 
-def _ready(
-    process: _Process, engine: Engine, listeners: Sequence[Listener], control: Path
+def ready_now(
+    process: Process, engine: Engine, listeners: Sequence[Listener], control: Path
 ) -> Ready:
     sockets = tuple(uri.socket_path for item in listeners if (uri := item.uri()).socket_path)
     return Ready(

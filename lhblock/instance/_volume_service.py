@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 
-import trio
 from google.protobuf.empty_pb2 import Empty
 
 from lhblock import __version__
 from lhblock.engine import JobInfo, RebuildInfo, VolumeStatistics
-from lhblock.errors import LhblockError, UsageError, VolumeError
+from lhblock.errors import VolumeError
 from lhblock.frontend.nbd import ClientInfo
 from lhblock.instance._controller import Choice, check_revert_target, revert
 from lhblock.instance._jobs import Job
-from lhblock.instance._registry import (
-    MADE_DIRECTORY,
-    MADE_FILES,
-    MADE_NOTHING,
-    Registry,
-    ReplicaRecord,
-)
+from lhblock.instance._membership import add_replica, remove_replica, replica_place
+from lhblock.instance._registry import Registry
 from lhblock.instance._served import ServedVolume
 from lhblock.rpc import Call, CallFailed, Handlers
 from lhblock.rpc.generated import volume_pb2 as pb
-from lhblock.settings import RemoteAddress, parse_replica
 
 
 class VolumeService:
@@ -190,35 +181,23 @@ class VolumeService:
 
     async def replica_add(self, request: pb.ReplicaAddRequest, call: Call) -> Empty:
         served = self._choice.volume(call)
-        place = _replica_place(request.address)
-        made = await trio.to_thread.run_sync(_would_make, place)
-        with _sentences():
-            await served.volume.add_replica(
-                place, force=request.force, rebuild=self._serving or request.rebuild
-            )
-            if place not in served.record.places:
-                replicas = (*served.record.replicas, ReplicaRecord(place, made))
-                await self._record(served, replicas)
+        await add_replica(
+            self._registry,
+            served,
+            replica_place(request.address),
+            force=request.force,
+            rebuild=self._serving or request.rebuild,
+        )
         return Empty()
 
     async def replica_remove(self, request: pb.ReplicaRemoveRequest, call: Call) -> Empty:
         served = self._choice.volume(call)
-        place = _replica_place(request.address)
-        with _sentences():
-            await served.volume.remove_replica(place)
-            await self._record(
-                served, tuple(item for item in served.record.replicas if item.place != place)
-            )
+        await remove_replica(self._registry, served, replica_place(request.address))
         return Empty()
-
-    async def _record(self, served: ServedVolume, replicas: tuple[ReplicaRecord, ...]) -> None:
-        served.record = await trio.to_thread.run_sync(
-            lambda: self._registry.update(served.name, replicas=replicas)
-        )
 
     async def replica_wait(self, request: pb.ReplicaWaitRequest, call: Call) -> pb.Job:
         served = self._choice.volume(call)
-        place = _replica_place(request.address)
+        place = replica_place(request.address)
 
         async def work(_message: pb.Job) -> None:
             await served.volume.wait_rebuilt(place)
@@ -241,36 +220,6 @@ class VolumeService:
             raise CallFailed(
                 "NOT_FOUND", f"cannot find job {job_id}; it may be forgotten"
             ) from error
-
-
-def _replica_place(address: str) -> Path | RemoteAddress:
-    nowhere = Path()
-    try:
-        place = parse_replica(address, nowhere)
-    except UsageError as error:
-        raise CallFailed("INVALID_ARGUMENT", str(error)) from error
-    if isinstance(place, Path) and not place.is_absolute():
-        raise CallFailed("INVALID_ARGUMENT", f"invalid replica {address!r}: give an absolute path")
-    return place
-
-
-def _would_make(path: Path | RemoteAddress) -> str:
-    """What of a replica is made when it is added, and goes with the volume. Blocking."""
-    if isinstance(path, RemoteAddress):
-        return MADE_NOTHING
-    if (path / "volume.meta").exists():
-        return MADE_NOTHING
-    return MADE_FILES if path.exists() else MADE_DIRECTORY
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    try:
-        yield
-    except UsageError as error:
-        raise CallFailed("INVALID_ARGUMENT", str(error)) from error
-    except LhblockError as error:
-        raise CallFailed("FAILED_PRECONDITION", str(error)) from error
 
 
 def _rebuild(info: RebuildInfo) -> pb.Rebuild:

@@ -318,8 +318,7 @@ async def test_the_rebuild_limit_is_a_positive_number(tmp_path: Path) -> None:
     ("name", "request_"),
     [
         ("VolumeShutdown", Empty()),
-        ("ControllerReplicaCreate", pb.ControllerReplicaCreateRequest()),
-        ("ReplicaVerifyRebuild", pb.ReplicaAddress()),
+        ("VolumeStart", pb.VolumeStartRequest()),
         ("JournalList", pb.JournalListRequest()),
         (
             "VolumeUnmapMarkSnapChainRemovedSet",

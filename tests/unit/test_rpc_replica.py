@@ -21,9 +21,10 @@ from lhblock.engine import (
     open_engine,
 )
 from lhblock.errors import LhblockError, ReplicaDamaged, ReplicaStale, SizeError, UsageError
+from lhblock.instance._identity import check_identity
 from lhblock.instance._replica import Replica
 from lhblock.instance._replica_process import data_socket_path
-from lhblock.instance._replica_service import ReplicaService, check_identity
+from lhblock.instance._replica_service import ReplicaService
 from lhblock.replica import ReplicaDirectory, peek
 from lhblock.rpc import REPLICA, Call, CallFailed, method
 from lhblock.rpc.generated import replica_pb2 as pb
@@ -540,7 +541,7 @@ def test_peek_reads_without_changing_anything(tmp_path: Path) -> None:
 def test_callers_that_mean_this_replica_or_do_not_say_are_served(
     metadata: dict[str, tuple[str, ...]],
 ) -> None:
-    check_identity("db", "i")(Call(method(REPLICA, "ReplicaGet"), metadata))
+    check_identity("replica", "db", "i")(Call(method(REPLICA, "ReplicaGet"), metadata))
 
 
 @pytest.mark.parametrize(
@@ -556,9 +557,9 @@ def test_callers_that_mean_this_replica_or_do_not_say_are_served(
 )
 def test_callers_of_another_replica_are_refused(metadata: dict[str, str], text: str) -> None:
     call = Call(method(REPLICA, "ReplicaGet"), {key: (value,) for key, value in metadata.items()})
-    check_identity("", "")(call)
+    check_identity("replica", "", "")(call)
     with pytest.raises(CallFailed) as caught:
-        check_identity("db", "i")(call)
+        check_identity("replica", "db", "i")(call)
     assert (caught.value.code, str(caught.value)) == ("FAILED_PRECONDITION", text)
 
 
