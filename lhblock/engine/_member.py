@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from lhblock._native import Extent, NativePeer, NativeStore, NativeUnit, NativeVolume
 from lhblock.engine._alignment import Alignment
@@ -104,7 +104,10 @@ class Member(ABC):
       state: see :class:`MemberState`; only the replica set and the opening change it.
       error: why it is not usable; "" otherwise.
       dropped_by_core: C reported the failure and holds acknowledgements for the fence.
+      merges_itself: removed layers are its own business.
     """
+
+    merges_itself: ClassVar[bool] = False
 
     def __init__(self, address: str, name: str) -> None:
         self.address = address

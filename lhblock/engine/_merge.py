@@ -207,6 +207,8 @@ class Merger:
 
     async def _merge_member(self, member: Member) -> None:
         skipped: set[str] = set()
+        if member.merges_itself:
+            return
         try:
             while member.state is MemberState.USABLE:
                 merge = next_merge(

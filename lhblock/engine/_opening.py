@@ -24,7 +24,9 @@ from lhblock.engine._equal import make_equal
 from lhblock.engine._generations import leave_behind
 from lhblock.engine._member import Member, MemberState, sentence
 from lhblock.engine._merge import merge_all_below, unlink_removed_leaves
+from lhblock.engine._peer_client import PlainReplica
 from lhblock.engine._places import Members, Place
+from lhblock.engine._plain_member import PlainMember
 from lhblock.engine._remote_creation import create_replica, uncreate_replica
 from lhblock.engine._target import probe
 from lhblock.engine._threads import run_metadata
@@ -32,6 +34,7 @@ from lhblock.errors import (
     LhblockError,
     ReplicaError,
     ReplicaLocked,
+    ReplicaUnsupported,
     SizeError,
     VolumeBusy,
     VolumeFaulted,
@@ -44,6 +47,7 @@ from lhblock.replica import (
     choose,
     new_set,
 )
+from lhblock.settings import RemoteAddress
 
 log = structlog.get_logger(__name__)
 
@@ -185,7 +189,18 @@ class Opening:
         async def open_one(place: Place) -> None:
             member = opened[place] = self.maker.make(place)
             try:
-                await run_metadata(partial(member.open, read_only=read_only))
+                try:
+                    await run_metadata(partial(member.open, read_only=read_only))
+                except PlainReplica:
+                    assert isinstance(place, RemoteAddress)
+                    member = opened[place] = self.maker.make_plain(place)
+                    await run_metadata(partial(member.open, read_only=read_only))
+                    log.warning(
+                        "a replica speaks Longhorn's protocol only: what it missed cannot be told, "
+                        "and a flush does not reach its disk",
+                        volume=self._config.name,
+                        replica=member.address,
+                    )
                 member.state = MemberState.USABLE
             except ReplicaError as error:
                 errors.append(error)
@@ -232,6 +247,13 @@ class Opening:
     async def _choose(self) -> bool:
         """Leave stale replicas out. Returns whether data may differ although nobody crashed."""
         candidates = self._usable
+        plain = [member for member in candidates if isinstance(member, PlainMember)]
+        if plain and len(plain) < len(candidates):
+            raise ReplicaUnsupported(
+                plain[0].address,
+                "speaks Longhorn's protocol only and keeps no generation, so it cannot stand "
+                "beside replicas that do; open the volume without it",
+            )
         choice = choose([member.records for member in candidates])
         lagging = [candidates[index] for index in choice.lagging]
         newest = [candidates[index] for index in choice.newest]

@@ -36,6 +36,10 @@ _SILENT: Final = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
 T = TypeVar("T")
 
 
+class PlainReplica(ReplicaUnsupported):
+    """The process answers Longhorn's calls and not ours."""
+
+
 class EngineIdentity:
     """Who an engine is to the replicas of one volume.
 
@@ -63,10 +67,17 @@ class PeerClient:
     Args:
       address: of the process.
       volume: what its replica should say it belongs to.
+      pings: ask whether it is there while a call goes on; Longhorn's would take it amiss.
     """
 
     def __init__(
-        self, address: RemoteAddress, identity: EngineIdentity, limits: RemoteLimits, volume: str
+        self,
+        address: RemoteAddress,
+        identity: EngineIdentity,
+        limits: RemoteLimits,
+        volume: str,
+        *,
+        pings: bool = True,
     ) -> None:
         from lhblock.rpc import RpcClient
 
@@ -77,11 +88,16 @@ class PeerClient:
             str(Listen(address.host, address.port)),
             metadata={**identity.metadata(), "volume-name": volume},
             reply_bytes_max=wire.MESSAGE_BYTES_MAX,
-            ping_s=limits.ping_s,
+            ping_s=limits.ping_s if pings else 0,
         )
 
     def call(
-        self, name: str, request: Message | None = None, *, timeout_s: float | None = None
+        self,
+        name: str,
+        request: Message | None = None,
+        *,
+        service: str = PEER,
+        timeout_s: float | None = None,
     ) -> Any:
         """Call one method and return its reply. Several threads may.
 
@@ -90,13 +106,13 @@ class PeerClient:
 
         Raises:
           ReplicaUnreachable: it did not answer in time; it may be done all the same.
-          ReplicaUnsupported: the process there has no such call.
+          PlainReplica: the process there has no such service.
           LhblockError: what the replica said went wrong.
         """
         wait_s = self._limits.call_timeout_s if timeout_s is None else timeout_s
         try:
             return self._client.call(
-                PEER, name, Empty() if request is None else request, timeout_s=wait_s
+                service, name, Empty() if request is None else request, timeout_s=wait_s
             )
         except ControlError as error:
             raise self._explain(name, error, wait_s) from error
@@ -109,8 +125,8 @@ class PeerClient:
         if error.code == "ABORTED":
             return wire.decode_error(address, text)
         if error.code == "UNIMPLEMENTED":
-            return ReplicaUnsupported(
-                address, "is not served by lhblock, or by an older one; this cannot be asked of it"
+            return PlainReplica(
+                address, "speaks Longhorn's protocol only; this cannot be asked of it"
             )
         if error.code == "DEADLINE_EXCEEDED":
             return ReplicaUnreachable(address, f"did not answer {name} within {wait_s:g} s")
@@ -139,12 +155,12 @@ class PeerClient:
 
     # ---- Data connections.
 
-    def connect(self, hello: pb.PeerHello, view: int) -> int:
+    def connect(self, hello: pb.PeerHello, view: int | None) -> int:
         """Make a data connection, past its Hello; return its descriptor, the caller's.
 
         Args:
           hello: what the process said of itself.
-          view: 0, or a view that was opened.
+          view: 0, or a view that was opened; None: without a Hello, as Longhorn's engines.
 
         Raises:
           ReplicaUnreachable: nobody answers there.
@@ -158,7 +174,8 @@ class PeerClient:
                 address, f"takes no data connections: {error.strerror or error}"
             ) from error
         try:
-            self._say_hello(sock, view)
+            if view is not None:
+                self._say_hello(sock, view)
             return sock.detach()
         except OSError as error:
             raise ReplicaUnreachable(

@@ -10,6 +10,7 @@ from lhblock.engine._config import VolumeConfig
 from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import Member
 from lhblock.engine._peer_client import EngineIdentity
+from lhblock.engine._plain_member import PlainMember
 from lhblock.engine._remote_member import RemoteMember
 from lhblock.settings import RemoteAddress
 
@@ -41,6 +42,12 @@ class Members:
         if isinstance(place, Path):
             return LocalMember(place, self._engine, self.store_flags)
         return RemoteMember(
+            place, self._engine, self.identity, self._config.remote, volume=self._config.name
+        )
+
+    def make_plain(self, place: RemoteAddress) -> PlainMember:
+        """The member for a replica process that was found to speak Longhorn's protocol only."""
+        return PlainMember(
             place, self._engine, self.identity, self._config.remote, volume=self._config.name
         )
 

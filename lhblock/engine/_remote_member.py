@@ -115,12 +115,7 @@ class RemoteMember(Member):
         return self._peer
 
     def why_failed(self, error: int, offset_bytes: int) -> str:
-        end = PeerEnd(self.store.statistics().end_reason)
-        if end is PeerEnd.NONE:
-            return f"I/O at {offset_bytes}: {os.strerror(error)}"
-        return _ENDS.get(end, "its data connection failed: {error}").format(
-            error=os.strerror(error), timeout_s=self._limits.reply_timeout_ms / 1000
-        )
+        return why_peer_failed(self.store, self._limits, error, offset_bytes)
 
     @property
     def switched(self) -> bool:
@@ -574,6 +569,16 @@ class RemoteMember(Member):
         if self._promoting:
             self._promoting = False
             self._quick("AbandonPromotion")
+
+
+def why_peer_failed(peer: NativePeer, limits: RemoteLimits, error: int, offset_bytes: int) -> str:
+    """What to say of the failure of a peer that the core reported; ``error`` is an errno."""
+    end = PeerEnd(peer.statistics().end_reason)
+    if end is PeerEnd.NONE:
+        return f"I/O at {offset_bytes}: {os.strerror(error)}"
+    return _ENDS.get(end, "its data connection failed: {error}").format(
+        error=os.strerror(error), timeout_s=limits.reply_timeout_ms / 1000
+    )
 
 
 def _snapshot(name: str, *, created: str = "") -> pb.PeerSnapshot:

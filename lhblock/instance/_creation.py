@@ -72,6 +72,12 @@ async def create_volume(
     places = places or [registry.data_dir.volume(name) / DEFAULT_REPLICA]
     _check_apart(name, places)
     greetings = await trio.to_thread.run_sync(_greet, name, places)
+    plain = [place for place, hello in greetings.items() if hello.plain]
+    if plain and len(plain) < len(places):
+        raise UsageError(
+            f"volume {name}: {plain[0]} speaks Longhorn's protocol only and keeps no generation;"
+            " a volume consists of such replicas, or of none"
+        )
     with registry.locked():
         if name in registry.names():
             raise VolumeExists(name, f"it exists already in {registry.data_dir.path}")
