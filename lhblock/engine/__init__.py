@@ -15,6 +15,7 @@ from lhblock.engine._config import (
     RebuildOptions,
     RemoteLimits,
     VolumeConfig,
+    check_size,
 )
 from lhblock.engine._device import Connection, Device
 from lhblock.engine._driven import (
@@ -84,6 +85,7 @@ __all__ = [
     "VolumeConfig",
     "VolumeMetrics",
     "VolumeStatistics",
+    "check_size",
     "create_replicas",
     "greet_replica",
     "open_driven",

@@ -16,7 +16,7 @@ from lhblock.engine import (
     Engine,
     HostedReplica,
     LocalMember,
-    create_replicas,
+    check_size,
     open_driven,
     probe,
 )
@@ -94,9 +94,9 @@ class Replica:
 
         Cancelled: as an error; nothing is left behind.
         """
-        await create_replicas(
-            self._volume or self.path.name, [self.path], size_bytes, encrypted=self._encrypted
-        )
+        check_size(self._volume or self.path.name, size_bytes)
+        # Without a generation: which volume it belongs to is for its first engine to say.
+        await self._create(size_bytes, None, encrypted=self._encrypted)
 
     async def open(self) -> DrivenReplica:
         """Open it.
@@ -144,17 +144,26 @@ class Replica:
         Not cancelled.
         """
 
-        def create() -> None:
+        def make_room() -> None:
             meta = peek(self.path)
             if meta is not None and meta.size_bytes == size_bytes:
                 if not _is_empty(self.path, named=False):
                     raise ReplicaForeign(self.path, "has been written to; give an empty one")
                 self._uncreate()
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(make_room)
+            await self._create(size_bytes, generation, encrypted=encrypted or self._encrypted)
+
+    async def _create(
+        self, size_bytes: int, generation: Generation | None, *, encrypted: bool
+    ) -> None:
+        def create() -> None:
             ReplicaDirectory.create(
                 self.path,
                 size_bytes=size_bytes,
                 generation=generation,
-                encrypted=encrypted or self._encrypted,
+                encrypted=encrypted,
                 probe=probe,
             )
 
@@ -162,7 +171,7 @@ class Replica:
             await trio.to_thread.run_sync(create)
 
     async def is_blank(self) -> bool:
-        """Whether a closed replica has nothing in it and is no member of a set of several.
+        """Whether a closed replica has nothing in it and never belonged to a volume of ours.
 
         Cancelled: nothing happened.
         """
@@ -285,12 +294,10 @@ def _is_empty(path: Path, *, named: bool) -> bool:
     """Whether a replica that is not open has one layer, without data. Blocking.
 
     Args:
-      named: it may be a member of a set of several.
+      named: it may belong to a volume of ours.
     """
     with ReplicaDirectory.open(path, read_only=True, unfinished=True) as directory:
-        generation = directory.generation
-        alone = generation is None or generation.members == (generation.replica_id,)
-        if len(directory.disks) > 1 or not (alone or named):
+        if len(directory.disks) > 1 or not (directory.generation is None or named):
             return False
         head = os.stat(directory.head.name, dir_fd=directory.dir_fd, follow_symlinks=False)
         return head.st_blocks == 0
