@@ -18,29 +18,48 @@ from lhblock.instance._replica_process import serve_replica
 from lhblock.settings import Listen, RemoteAddress, parse_replica
 
 
-@asynccontextmanager
-async def open_replica(options: ReplicaOptions) -> AsyncIterator[RemoteAddress]:
-    """Serve a replica for the block."""
-    ready: list[ReplicaReady] = []
-    started = trio.Event()
+class ReplicaHost:
+    """Serves replicas until its block ends."""
 
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._served: dict[Path, RemoteAddress] = {}
+
+    async def serve(self, options: ReplicaOptions) -> RemoteAddress:
+        """The address of a replica, which is served from now on if it was not."""
+        if options.path not in self._served:
+            self._served[options.path] = await self._nursery.start(_serve, options)
+        return self._served[options.path]
+
+
+async def _serve(options: ReplicaOptions, *, task_status: trio.TaskStatus[RemoteAddress]) -> None:
     def on_ready(report: ReplicaReady) -> None:
-        ready.append(report)
-        started.set()
+        address = parse_replica(f"tcp://{report.control}", Path())
+        assert isinstance(address, RemoteAddress)
+        task_status.started(address)
 
+    await serve_replica(options, on_ready)
+
+
+@asynccontextmanager
+async def open_host() -> AsyncIterator[ReplicaHost]:
+    """Serve replicas for the block; its errors are raised as they are, and in no group."""
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_replica, options, on_ready)
-        await started.wait()
-        address = parse_replica(f"tcp://{ready[0].control}", Path())
-        assert isinstance(address, RemoteAddress)
         try:
-            yield address
+            yield ReplicaHost(nursery)
         except Exception as error:
-            failure = error  # raised as it is, and in no group
+            failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+@asynccontextmanager
+async def open_replica(options: ReplicaOptions) -> AsyncIterator[RemoteAddress]:
+    """Serve a replica for the block."""
+    async with open_host() as host:
+        yield await host.serve(options)
 
 
 def options_for(path: Path) -> ReplicaOptions:

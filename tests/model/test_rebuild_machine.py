@@ -164,19 +164,28 @@ class RebuildMachine(RuleBasedStateMachine):
     def add(self) -> None:
         self.made += 1
         path = self.base / f"new{self.made}"
-        self.call(self.now.add_replica, path)
+        self.call(self.add_replica, path)
         self.paths.append(path)
+
+    async def add_replica(self, path: Path) -> None:
+        assert self.files is not None
+        await self.now.add_replica(await self.files.place_of(path))
+
+    async def remove_replica(self, path: Path) -> None:
+        assert self.files is not None
+        await self.now.remove_replica(await self.files.place_of(path))
 
     @rule(choice=st.integers(0, 5))
     def drop(self, choice: int) -> None:
         """Take a replica out; it may be the target or the source of a rebuild."""
         path = self.paths[choice % len(self.paths)]
+        assert self.files is not None
         usable = [info.address for info in self.now.replicas() if info.mode == "RW"]
-        if usable == [str(path)]:
+        if usable == [str(self.call(self.files.place_of, path))]:
             # Which one is the last depends on how far rebuilds are.
             self.call(self.settle)
         if len(self.paths) > 1:
-            self.call(self.now.remove_replica, path)
+            self.call(self.remove_replica, path)
             self.paths.remove(path)
 
     @rule(choice=st.integers(0, 5))
@@ -185,7 +194,7 @@ class RebuildMachine(RuleBasedStateMachine):
         gone = sorted(path for path in self.base.iterdir() if path not in self.paths)
         if gone and len(self.paths) < REPLICAS_MAX:
             path = gone[choice % len(gone)]
-            self.call(self.now.add_replica, path)
+            self.call(self.add_replica, path)
             self.paths.append(path)
 
     @rule()
@@ -194,9 +203,10 @@ class RebuildMachine(RuleBasedStateMachine):
         assert self.now.state == "healthy"
 
     async def settle(self) -> None:
+        assert self.files is not None
         with trio.fail_after(LIMIT_S):
             for path in list(self.paths):
-                await self.now.wait_rebuilt(path)
+                await self.now.wait_rebuilt(await self.files.place_of(path))
 
     @rule(
         point=st.sampled_from(

@@ -21,7 +21,7 @@ from lhblock.engine import (
     open_engine,
 )
 from lhblock.settings import RemoteAddress
-from tests.model.remote import open_replica, options_for
+from tests.model.remote import ReplicaHost, open_host, options_for
 
 BLOCK = _native.BLOCK_BYTES
 
@@ -31,6 +31,8 @@ class VolumeFiles:
 
     REMOTE: ClassVar[frozenset[int]] = frozenset()
     """Those that a volume gets from replica processes unless it is told."""
+    ADDED_REMOTE: ClassVar[bool] = False
+    """Whether replicas that come later are such."""
 
     def __init__(
         self,
@@ -41,7 +43,10 @@ class VolumeFiles:
         cache: CacheMode = "writeback",
         remote: frozenset[int] | None = None,
     ) -> None:
-        self.remote = self.REMOTE if remote is None else remote
+        chosen = self.REMOTE if remote is None else remote
+        self._local = {path for index, path in enumerate(paths) if index not in chosen}
+        self._remote = set(paths) - self._local
+        self._host: ReplicaHost | None = None
         self.paths = paths
         self.places: list[Path | RemoteAddress] = [*paths]  # of what is open
         self.size_bytes = size_bytes
@@ -82,13 +87,8 @@ class VolumeFiles:
         chosen = range(len(self.paths)) if only is None else only
         options = EngineOptions(queues=1, workers=4, driver=self.driver)
         async with AsyncExitStack() as stack:
-            places: list[Path | RemoteAddress] = []
-            for index in chosen:
-                path = self.paths[index]
-                if index in self.remote:
-                    places.append(await stack.enter_async_context(open_replica(options_for(path))))
-                else:
-                    places.append(path)
+            self._host = await stack.enter_async_context(open_host())
+            places = [await self.place_of(self.paths[index]) for index in chosen]
             config = VolumeConfig(
                 name="db",
                 replicas=places,
@@ -100,6 +100,14 @@ class VolumeFiles:
             self.places = places
             async with open_engine(options) as engine, engine.open_volume(config) as volume:
                 yield volume
+
+    async def place_of(self, path: Path) -> Path | RemoteAddress:
+        """Where the volume, which is open, finds the replica in a directory."""
+        remote = path in self._remote or (self.ADDED_REMOTE and path not in self._local)
+        if not remote:
+            return path
+        assert self._host is not None
+        return await self._host.serve(options_for(path))
 
     async def contents(self) -> list[bytes]:
         """What each replica holds, read one by one. The volume is closed."""
