@@ -24,6 +24,7 @@ SOCKET_PATH_BYTES_MAX = 107
 # One PiB; the engine refuses more.
 VOLUME_BYTES_MAX = 1 << 50
 NBD_PORT = 10809
+ISCSI_PORT = 3260
 REMOTE_SCHEME = "tcp://"
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")

@@ -58,13 +58,45 @@ _SHOWN_VOLUMES_MAX = 20
 @click.option(
     "--frontend",
     multiple=True,
-    type=click.Choice(["nbd", "fuse"]),
-    help="A door to open; repeat it for both.  [default: nbd]",
+    type=click.Choice(["nbd", "fuse", "tgt-iscsi"]),
+    help="A door to open; repeat it for more.  [default: nbd]",
 )
 @click.option(
     "--fuse-dir",
     metavar="DIR",
     help="Where fuse mounts: DIR/VOLUME/volume, snapshots/NAME, status.json.",
+)
+@click.option(
+    "--iscsi-listen",
+    metavar="HOST:PORT",
+    help="Where tgt-iscsi listens.  [default: 127.0.0.1:3260]",
+)
+@click.option(
+    "--iscsi-chap",
+    metavar="FILE",
+    help="Let in only initiators that know the secret there: a line 'USER SECRET', mode 0600.",
+)
+@click.option(
+    "--iscsi-allow",
+    multiple=True,
+    metavar="WHO",
+    help="Let in only this address, network or initiator name; repeat it.  [default: everybody]",
+)
+@click.option(
+    "--iscsi-block-size",
+    type=click.Choice(["512", "4096"]),
+    help="Bytes of a logical block.  [default: 512]",
+)
+@click.option(
+    "--iscsi-target",
+    metavar="NAME",
+    help="One target with the volumes as units 1, 2, ...  [default: a target for each]",
+)
+@click.option("--iscsi-shared", is_flag=True, help="Use the tgtd that runs already.")
+@click.option(
+    "--iscsi-backing",
+    type=click.Choice(["auto", "module", "fuse"]),
+    help="How tgtd reaches a volume: a module in it, or a file.  [default: auto]",
 )
 @click.option(
     "--cache",
@@ -118,6 +150,8 @@ def serve(
     tls_verify_clients: bool,
     replica: tuple[str, ...],
     frontend: tuple[str, ...],
+    iscsi_allow: tuple[str, ...],
+    iscsi_shared: bool,
     **options: str | None,
 ) -> None:
     """Serve one or more volumes over NBD until SIGINT or SIGTERM.
@@ -136,6 +170,7 @@ def serve(
     lhblock serve web logs --no-tcp --socket /run/nbd.sock
     lhblock serve db --listen 10.0.0.9:10809 --tls-psk /etc/lhblock/keys.psk
     lhblock serve db --frontend nbd --frontend fuse --fuse-dir /mnt/lhblock
+    lhblock serve db --frontend tgt-iscsi --iscsi-chap /etc/lhblock/chap
     """
     for name in volumes:
         check_volume_name(name)
@@ -149,6 +184,8 @@ def serve(
     settings = serve_settings(
         replica=replica or None,
         frontend=tuple(dict.fromkeys(frontend)) or None,
+        iscsi_allow=iscsi_allow or None,
+        iscsi_shared=True if iscsi_shared else None,
         tcp=False if no_tcp else None,
         rebuild=False if no_rebuild else None,
         read_only=True if read_only else None,
@@ -195,6 +232,8 @@ def banner(ready: Ready) -> str:
         lines.append(f"and {hidden} more; see 'lhblock volume ls'")
     lines.append("")
     lines.extend(f"Unix socket: {path}" for path in ready.sockets)
+    if ready.portal:
+        lines.append(f"iSCSI portal: {ready.portal} (backing: {ready.backing})")
     first = ready.volumes[0]
     lines.append("attach:")
     lines.extend(f"  {command}" for command in attach_commands(ready, first.name, first.uris))
@@ -206,6 +245,8 @@ def banner(ready: Ready) -> str:
 
 def attach_commands(ready: Ready, name: str, uris: Any) -> list[str]:
     """Return commands that attach or copy `name`, for addresses that are listened on."""
+    iscsi = [uri for uri in uris if uri.startswith("iscsi:")]
+    uris = [uri for uri in uris if uri not in iscsi]
     commands = [f"lhblock attach {shlex.quote(uris[-1])}"] if uris else []
     secured = [uri for uri in uris if uri.startswith("nbds:")]
     uris = [uri for uri in uris if uri not in secured]
@@ -221,4 +262,8 @@ def attach_commands(ready: Ready, name: str, uris: Any) -> list[str]:
         uri = shlex.quote(uris[0])
         commands.append(f"qemu-img convert -n -f qcow2 -O raw disk.qcow2 {uri}")
         commands.append(f"nbdcopy disk.img {shlex.quote(uris[-1])}")
+    if iscsi:
+        target = iscsi[0].split("/")[3]
+        commands.append(f"iscsiadm -m discovery -t sendtargets -p {ready.portal}")
+        commands.append(f"iscsiadm -m node -T {target} -p {ready.portal} --login")
     return commands

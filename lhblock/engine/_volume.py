@@ -128,6 +128,15 @@ class Volume(Device):
         return self._replicas.state
 
     @property
+    def volume_id(self) -> str:
+        """What identifies it for ever, whatever it is called and wherever its replicas are.
+
+        Raises:
+          VolumeFaulted: no replica is left.
+        """
+        return self._replicas.first.generation.volume_id
+
+    @property
     def limits(self) -> SnapshotLimits:
         """How much history it may hold."""
         return self._snapshots.limits

@@ -16,6 +16,7 @@ import trio
 from lhblock._native import built_with_uring, probe_fiemap
 from lhblock.engine import EngineOptions, open_engine
 from lhblock.errors import LhblockError
+from lhblock.frontend.tgt import choose_backing
 from lhblock.instance._logging import configure_logging
 from lhblock.settings import BLOCK_BYTES, DataDir
 
@@ -30,7 +31,7 @@ def machine_features(data_dir: DataDir) -> dict[str, Any]:
     ``available`` null and says why.
     """
     directory = _nearest(data_dir.path)
-    features = [_nbd_module()]
+    features = [_nbd_module(), _iscsi()]
     try:
         with _scratch_file(directory) as fd:
             features = [_fiemap(fd), _nowait(fd), _direct(fd), *features]
@@ -125,3 +126,13 @@ def _nbd_module() -> dict[str, Any]:
                 return {"name": name, "available": True, "text": "present; load it: modprobe nbd"}
     text = f"not found for {release}; lhblock attach needs it, qemu and nbdcopy do not"
     return {"name": name, "available": False, "text": text}
+
+
+def _iscsi() -> dict[str, Any]:
+    name = "iSCSI"
+    try:
+        backing = choose_backing()
+    except LhblockError as error:
+        return {"name": name, "available": False, "text": str(error)}
+    how = "a module in tgtd" if backing.name == "module" else "files of a FUSE mount"
+    return {"name": name, "available": True, "text": f"through {how} ({backing.reason})"}

@@ -33,6 +33,7 @@ from lhblock.instance._controller import Choice, ControllerService
 from lhblock.instance._creation import create_volume, uncreate_volume
 from lhblock.instance._exports import VolumeExports
 from lhblock.instance._fuse_files import ServedFiles
+from lhblock.instance._iscsi import Iscsi, check_iscsi, is_wanted, start_iscsi
 from lhblock.instance._notify import Notifier
 from lhblock.instance._registry import Registry, VolumeRecord
 from lhblock.instance._served import ServedVolume, open_served
@@ -78,6 +79,8 @@ class Ready:
       listen: TCP addresses.
       sockets: paths of Unix sockets.
       control: path of the control socket.
+      portal: where iSCSI initiators log in; "" without that front end.
+      backing: how tgtd reaches the volumes, and why so.
     """
 
     pid: int
@@ -88,6 +91,8 @@ class Ready:
     sockets: tuple[str, ...]
     control: str
     volumes: tuple[ReadyVolume, ...]
+    portal: str = ""
+    backing: str = ""
 
 
 @dataclass
@@ -99,6 +104,7 @@ class Process:
     settings: ServeSettings
     volumes: dict[str, ServedVolume] = field(default_factory=dict)
     created: set[str] = field(default_factory=set)
+    iscsi: Iscsi | None = None
     ready: bool = False
 
 
@@ -154,6 +160,7 @@ async def _serve(
     data_dir, settings = process.data_dir, process.settings
     _check_names(process, names, size_bytes)
     keys = tls_keys(settings, stdio=stdio)
+    check_iscsi(settings)
     data_dir.prepare()
     with suppress(OSError):
         remove_dead_sockets(data_dir)
@@ -182,6 +189,8 @@ async def _serve(
                     point_link(link, control.name)
                 if "fuse" in settings.frontend:
                     await start_fuse(nursery, process, engine)
+                if is_wanted(settings):
+                    await _start_iscsi(nursery, process, engine)
                 if listeners:
                     server.append(
                         await nursery.start(
@@ -391,6 +400,19 @@ async def start_fuse(nursery: trio.Nursery, process: Process, engine: Engine) ->
     await nursery.start(run)
 
 
+async def _start_iscsi(nursery: trio.Nursery, process: Process, engine: Engine) -> None:
+    iscsi = await start_iscsi(
+        nursery,
+        engine=engine,
+        volumes=process.volumes,
+        data_dir=process.data_dir,
+        settings=process.settings,
+    )
+    process.iscsi = iscsi
+    for served in process.volumes.values():
+        served.uris = (*served.uris, iscsi.units[served.name].uri)
+
+
 def _file(settings: ServeSettings, name: str) -> str:
     """Path of a volume's file, "" without the FUSE front end."""
     if settings.fuse_dir is None:
@@ -474,6 +496,10 @@ def ready_now(
         listen=tuple(item.address for item in listeners if item.uri().socket_path is None),
         sockets=tuple(path for path in sockets if path),
         control=str(control),
+        portal=str(process.iscsi.tgt.portal) if process.iscsi else "",
+        backing=f"{process.iscsi.backing.name}: {process.iscsi.backing.reason}"
+        if process.iscsi
+        else "",
         volumes=tuple(
             ReadyVolume(
                 name=served.name,

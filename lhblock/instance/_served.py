@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,6 +48,7 @@ class ServedVolume:
       rebuild_sync_limit: as set by a client.
       cache: the cache mode in use, which may differ from the recorded one.
       reverting: new clients are kept out for a moment.
+      on_resized: called after an expansion, by front ends whose clients can be told.
       recording: held while the record, or the limits that it notes, change.
     """
 
@@ -63,6 +64,7 @@ class ServedVolume:
     cache: str = "writeback"
     expansion: Expansion = field(default_factory=Expansion)
     reverting: bool = False
+    on_resized: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     recording: trio.Lock = field(default_factory=trio.Lock)
 
     @property
@@ -87,6 +89,8 @@ class ServedVolume:
         try:
             await self.volume.expand(size_bytes)
             await self.refresh_record(registry)
+            for tell in self.on_resized:
+                await tell()
         except LhblockError as error:
             expansion.error = str(error)
             expansion.failed_at = datetime.now(UTC).isoformat().replace("+00:00", "Z")

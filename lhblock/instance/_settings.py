@@ -13,7 +13,10 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lhblock.errors import UsageError
-from lhblock.settings import NBD_PORT
+from lhblock.settings import ISCSI_PORT, NBD_PORT
+
+# The doors there are; `controller` has the same.
+Frontend = Literal["nbd", "fuse", "tgt-iscsi"]
 
 _ENV_PREFIX = "LHBLOCK_"
 # Options that are not called as their setting.
@@ -35,6 +38,14 @@ class ServeSettings(BaseSettings):
       connections_max: clients at once, over all volumes.
       frontend: the doors that are opened, each named once.
       fuse_dir: where the FUSE front end mounts.
+      iscsi_listen: where tgtd listens; port 0 lets the kernel choose.
+      iscsi_chap: file with the names and secrets of CHAP.
+      iscsi_allow: addresses, networks and initiators that may log in; none given is everybody.
+      iscsi_block_size: bytes of a logical block.
+      iscsi_target: one target with all volumes as its units, not a target for each.
+      iscsi_shared: use the tgtd that runs already.
+      iscsi_socket: of the management of that tgtd.
+      iscsi_backing: how tgtd reaches a volume.
       tls_certificates: directory with X.509 files; TCP then speaks TLS.
       tls_psk: file of pre-shared keys; TCP then speaks TLS.
       tls_verify_clients: with certificates: clients need one of the same authority.
@@ -66,10 +77,16 @@ class ServeSettings(BaseSettings):
     rebuild: bool = True
     rebuild_rate: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     rebuild_streams: Annotated[int, Field(ge=1, le=8)] = 2
-    frontend: Annotated[tuple[Literal["nbd", "fuse"], ...], NoDecode, Field(min_length=1)] = (
-        "nbd",
-    )
+    frontend: Annotated[tuple[Frontend, ...], NoDecode, Field(min_length=1)] = ("nbd",)
     fuse_dir: Path | None = None
+    iscsi_listen: str = f"127.0.0.1:{ISCSI_PORT}"
+    iscsi_chap: Path | None = None
+    iscsi_allow: Annotated[tuple[str, ...], NoDecode] = ()
+    iscsi_block_size: Literal["512", "4096"] = "512"
+    iscsi_target: str | None = None
+    iscsi_shared: bool = False
+    iscsi_socket: str = "/var/run/tgtd/socket.0"
+    iscsi_backing: Literal["auto", "module", "fuse"] = "auto"
     replica: Annotated[tuple[str, ...], NoDecode] = ()
     replica_timeout: Annotated[float, Field(ge=1, le=3600)] = 8.0
 

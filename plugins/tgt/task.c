@@ -12,6 +12,7 @@
 #define UNMAP_DESCRIPTOR_BYTES 16
 #define CDB_FUA 0x08
 #define CDB_LBDATA_PBDATA 0x06          /* of WRITE SAME; obsolete */
+#define CDB_UNMAP 0x08                  /* of WRITE SAME */
 #define CDB_NDOB 0x01                   /* of WRITE SAME(16) */
 
 /* ---- Ends. */
@@ -339,7 +340,11 @@ start_unmap (struct lhb_task *task)
   unmap_next (task);
 }
 
-/* ---- WRITE SAME: zeros travel as a range, anything else as data. */
+/* ---- WRITE SAME: zeros travel as a range, anything else as data.
+ *
+ * With the UNMAP bit the data does not count, as for stock tgtd and the target
+ * of the Linux kernel, although SBC-3 would have data that is not zero
+ * written; libiscsi's tests want it so. */
 
 /* Bytes that it covers.  tgtd keeps 32 bits of that number, too few. */
 static uint64_t
@@ -386,13 +391,14 @@ start_write_same (struct lhb_task *task)
   uint32_t sent = scsi_get_out_length (cmd);
   const char *pattern = scsi_get_out_buffer (cmd);
   bool no_data = cmd->scb[0] == WRITE_SAME_16 && (cmd->scb[1] & CDB_NDOB);
+  bool unmap = cmd->scb[1] & CDB_UNMAP;
 
   if ((cmd->scb[1] & CDB_LBDATA_PBDATA) || (!no_data && sent != block))
     {
       fail (task, ILLEGAL_REQUEST, ASC_INVALID_FIELD_IN_CDB);
       return;
     }
-  if (no_data || is_zero (pattern, block))
+  if (unmap || no_data || is_zero (pattern, block))
     {
       request (task, NBD_CMD_WRITE_ZEROES, write_flags (cmd, false),
                cmd->offset, same_bytes (cmd), NULL, finish_good);

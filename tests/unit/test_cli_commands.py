@@ -349,7 +349,7 @@ def test_info_tells_the_driver_and_the_features(cli: Cli) -> None:
     document = cli("info", "--json").json
     assert document["driver"]["chosen"] in ("io_uring", "pool")
     assert document["driver"]["reason"]
-    assert {"FIEMAP", "RWF_NOWAIT", "O_DIRECT", "nbd kernel module"} == {
+    assert {"FIEMAP", "RWF_NOWAIT", "O_DIRECT", "nbd kernel module", "iSCSI"} == {
         item["name"] for item in document["features"]
     }
     assert not cli.data_dir.exists()

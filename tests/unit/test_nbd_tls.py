@@ -10,8 +10,8 @@ import trio
 import trio.testing
 
 from lhblock.device import Target
+from lhblock.frontend._child import LOG_LINE_BYTES_MAX, LOG_LINES_PER_S, Messages
 from lhblock.frontend.nbd import NbdUri
-from lhblock.frontend.nbd._tls import LOG_LINE_BYTES_MAX, LOG_LINES_PER_S, _Messages
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_the_kernel_is_attached_to_an_address_without_tls() -> None:
 async def test_a_flood_of_messages_is_read_and_only_some_logged(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    messages = _Messages()
+    messages = Messages("nbdkit", structlog.get_logger().warning)
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     with structlog.testing.capture_logs() as logs:
         async with (

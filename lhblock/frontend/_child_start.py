@@ -3,11 +3,12 @@
 Run as a script, by path, with nothing of this package: between the fork and the exec there is no
 better place to run Python. Arguments: how many files the program may have open; the descriptors of
 the sockets, separated by commas; those of two pipes, which get the numbers after the sockets'; and
-the command. The second pipe is the life line: the server holds its other end, and never writes.
+the command, perhaps with NAME=VALUE before it, as for env. The second pipe is the life line: the
+server holds its other end, and never writes.
 
 When the server ends, however that happens, the kernel closes that end and kills the program, so no
-orphan keeps the port. The parent-death signal will not do: nbdkit replaces it with SIGTERM, after
-which it waits for clients that say nothing.
+orphan keeps the port. The parent-death signal will not do: nbdkit, for one, replaces it with
+SIGTERM, after which it waits for clients that say nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     allowed = int(files_max) if hard == resource.RLIM_INFINITY else min(int(files_max), hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    sources = [int(fd) for fd in [*sockets.split(","), ready, life]]
+    sources = [int(fd) for fd in [*filter(None, sockets.split(",")), ready, life]]
     # Out of the way first: a target may be the number of another source.
     above = FIRST_FD + len(sources)
     parked = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in sources]
@@ -38,7 +39,11 @@ def main(arguments: list[str]) -> None:
         if fd >= above:
             os.close(fd)
     _die_with(above - 1)
-    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(sources) - 2))
+    if sockets:
+        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(sources) - 2))
+    while "=" in command[0]:
+        name, _, value = command.pop(0).partition("=")
+        os.environ[name] = value
     os.execv(command[0], command)
 
 
