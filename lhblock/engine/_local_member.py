@@ -102,6 +102,9 @@ class LocalMember(Member):
 
     # ---- Opening and closing.
 
+    def reach(self) -> None:
+        """It is here."""
+
     def open(self, *, read_only: bool = False, unfinished: bool = False) -> None:
         """As for every member; also a copy whose rebuild never ended, if ``unfinished``."""
         assert self._directory is None
@@ -504,7 +507,11 @@ class LocalMember(Member):
             self._lent.popitem()[1][0].close()
 
     def _unit_layer(self, image: str) -> tuple[NativeStore, int]:
-        return self._lent.get(image) or (self.store, self._layers[image])
+        if image in self._lent:
+            return self._lent[image]
+        if self._store is None or image not in self._layers:
+            raise ReplicaIO(self.path, f"{image} was not opened to be copied")
+        return self._store, self._layers[image]
 
     def reconcile(self, image: str, source: LocalMember, source_image: str) -> int:
         """Make any layer, the head too, equal to one of another directory; neither serves.

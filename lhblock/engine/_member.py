@@ -178,6 +178,14 @@ class Member(ABC):
     # ---- Opening and closing. All blocking.
 
     @abstractmethod
+    def reach(self) -> None:
+        """Make sure that somebody is there, as far as that can be told without opening it.
+
+        Raises:
+          ReplicaUnreachable: nobody answers.
+        """
+
+    @abstractmethod
     def open(self, *, read_only: bool = False) -> None:
         """Lock it, check it, clean it up; it has no store yet.
 

@@ -277,7 +277,9 @@ class PlainMember(Member):
     def return_layers(self) -> None:
         """None were lent."""
 
-    make_target = open_target = set_rebuilding = align = _refuses("it cannot be rebuilt from here")
+    reach = make_target = open_target = set_rebuilding = align = _refuses(
+        "it cannot be rebuilt from here"
+    )
     prepare_promotion = start_promotion = finish_promotion = _refuses("it cannot be rebuilt")
     open_units = begin_units = read_unit = hash_units = write_unit = sync_units = _refuses(
         "its layers cannot be copied"

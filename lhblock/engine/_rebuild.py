@@ -300,6 +300,10 @@ class Rebuilder:
 
     async def _rebuild(self, work: _Work) -> None:
         member = work.member
+        with trio.CancelScope(shield=True):
+            # Whoever does not answer costs its time-out here, where nobody waits for it.
+            await self._detach(member)
+            await run_metadata(member.reach)
         async with self._tree.lock:
             with trio.CancelScope(shield=True):
                 work.phase = "preparing"
@@ -324,7 +328,6 @@ class Rebuilder:
     async def _prepare(self, work: _Work, source: Member) -> Mapping[str, Disk]:
         """Steps 1 and 2: mark, align, and let it have every change from one snapshot on."""
         member = work.member
-        await self._detach(member)
         await self._tree.check_room()
         others = [m.generation.replica_id for m in self._replicas.usable]
         records = source.records

@@ -169,6 +169,10 @@ class RemoteMember(Member):
                 self._client.close()
                 self._client = None
 
+    def reach(self) -> None:
+        with self._connected():
+            return
+
     def open(self, *, read_only: bool = False) -> None:
         assert self._records is None
         with self._connected() as client:

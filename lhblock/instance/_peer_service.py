@@ -248,18 +248,18 @@ class PeerService:
     # ---- The session.
 
     async def _hello(self, _request: Empty, _call: Call) -> pb.PeerHello:
+        # Without the lock: whoever opens or closes it may take long.
         blank = False
-        async with self._replica.lock:
-            hosted = self._replica.hosted
-            if hosted is not None:
-                state, size_bytes = "open", hosted.member.records.size_bytes
-            elif self._replica.opened is not None:
-                state, size_bytes = self._replica.state, self._replica.opened.size_bytes
-            else:
-                found, meta = await self._replica.look()
-                state, size_bytes = found, meta.size_bytes
-                if state == "closed":
-                    blank = await self._replica.is_blank()
+        hosted = self._replica.hosted
+        if hosted is not None and hosted.member.opened:
+            state, size_bytes = "open", hosted.member.records.size_bytes
+        elif self._replica.opened is not None:
+            state, size_bytes = self._replica.state, self._replica.opened.size_bytes
+        else:
+            found, meta = await self._replica.look()
+            state, size_bytes = found, meta.size_bytes
+            if state == "closed":
+                blank = await self._replica.is_blank()
         data = self._data()
         return pb.PeerHello(
             version=__version__,

@@ -108,6 +108,10 @@ class DataServer:
             reason = str(dropped)
         except OSError as error:
             reason = f"the socket failed: {errno.errorcode.get(error.errno or 0, 'unknown')}"
+        except Exception as error:
+            # One connection is no reason to end the process.
+            _log.error("data connection failed", peer=peer, exc_info=error)
+            reason = "a defect"
         finally:
             sock.close()
             self.connections -= 1
