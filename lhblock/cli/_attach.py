@@ -31,7 +31,7 @@ from lhblock.device import detach as detach_device
 from lhblock.errors import NotAttached, NotServing, UsageError
 from lhblock.settings import check_volume_name, format_size
 
-_SCHEMES = ("nbd://", "nbd+unix://")
+_SCHEMES = ("nbd://", "nbd+unix://", "iscsi://")
 
 
 @click.command()
@@ -102,10 +102,10 @@ def attach(
 ) -> None:
     """Make a block device of VOLUME, and print it.
 
-    VOLUME is served by a process of this host, or is the nbd:// or nbd+unix:// URI of an export
-    anywhere. A volume that is attached already keeps its device, and the kernel learns its size
-    anew. A process stays behind that reconnects the device when the server was restarted; what
-    uses the device waits meanwhile.
+    VOLUME is served by a process of this host, or is the nbd://, nbd+unix:// or iscsi:// URI of an
+    export anywhere. A volume that is attached already keeps its device, and the kernel learns its
+    size anew. With nbd a process stays behind that reconnects the device when the server was
+    restarted; what uses the device waits meanwhile.
 
     --mkfs refuses a volume that holds anything, and does nothing if it holds that file system.
 
@@ -113,6 +113,7 @@ def attach(
     lhblock attach db
     lhblock attach db --mkfs ext4 --mount /srv/db
     lhblock attach nbd://10.0.0.9:10809/db --connections 4
+    lhblock attach iscsi://10.0.0.9/iqn.2019-10.io.longhorn:db/1
     """
     if mkfs and read_only:
         raise UsageError("--mkfs writes, and --read-only forbids it; leave one of them out")

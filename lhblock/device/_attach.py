@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from lhblock.device._host import Host
+from lhblock.device._iscsi import Iscsi
 from lhblock.device._kernel_nbd import IDENTITY_BYTES_MAX
 from lhblock.device._kind import Attached, Kind
 from lhblock.device._nbd import Nbd
@@ -14,7 +15,7 @@ from lhblock.device._target import AttachOptions, Target
 from lhblock.errors import DeviceError, DeviceForeign, DeviceUnavailable, NotAttached
 
 # In the order `auto` tries them.
-KINDS: Final[tuple[Kind, ...]] = (Nbd(),)
+KINDS: Final[tuple[Kind, ...]] = (Nbd(), Iscsi())
 AUTO: Final = "auto"
 
 
@@ -35,16 +36,16 @@ def attach(host: Host, target: Target, options: AttachOptions, kind: str = AUTO)
     for found in attached_devices(host):
         if found.identity == target.identity:
             return _kind(found.kind).attach(host, target, options)
-    return choose(host, kind).attach(host, target, options)
+    return choose(host, kind, target).attach(host, target, options)
 
 
-def choose(host: Host, name: str = AUTO) -> Kind:
-    """The way to attach on this host. DeviceUnavailable: there is none."""
+def choose(host: Host, name: str = AUTO, target: Target | None = None) -> Kind:
+    """The way to attach, a target if one is given, on this host. DeviceUnavailable: none is."""
     obstacles = []
     for kind in KINDS:
         if name not in (AUTO, kind.name):
             continue
-        obstacle = kind.obstacle(host)
+        obstacle = (kind.lacks(target) if target else None) or kind.obstacle(host)
         if obstacle is None:
             return kind
         obstacles.append(obstacle)

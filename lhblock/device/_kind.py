@@ -33,6 +33,10 @@ class Kind(Protocol):
 
     name: str
 
+    def lacks(self, target: Target) -> str | None:
+        """Why this way cannot reach the volume; None if it can."""
+        ...
+
     def obstacle(self, host: Host) -> str | None:
         """What stands in the way on this host, and what to do about it; None if nothing does."""
         ...

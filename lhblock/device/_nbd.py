@@ -38,6 +38,11 @@ class Nbd:
 
     name = "nbd"
 
+    def lacks(self, target: Target) -> str | None:
+        if target.nbd is not None:
+            return None
+        return f"nbd: {target.volume} is not served over NBD; add --frontend nbd there"
+
     def obstacle(self, host: Host) -> str | None:
         if (host.sysfs / "module" / "nbd").exists():
             return None

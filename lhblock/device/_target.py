@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Final
 
+from lhblock.device._iscsi_uri import SCHEME, IscsiUri, parse_iscsi_uri
+from lhblock.errors import DeviceError
 from lhblock.frontend.nbd._uri import NbdUri, parse_uri
 
 IDENTITY_PREFIX: Final = "lhblock:"
@@ -19,11 +21,21 @@ class Target:
     Attributes:
       volume: what the user called it: a name, or the URI.
       identity: the same for every attach of this volume on this host, whatever the address.
+      nbd: where it is served over NBD, if it is.
+      iscsi: where it is served over iSCSI, if it is.
     """
 
     volume: str
     identity: str
-    uri: NbdUri
+    nbd: NbdUri | None
+    iscsi: IscsiUri | None = None
+
+    @property
+    def uri(self) -> NbdUri:
+        """Where it is served over NBD. DeviceError: it is not."""
+        if self.nbd is None:
+            raise DeviceError(f"{self.volume} is not served over NBD, which this needs")
+        return self.nbd
 
     @classmethod
     def of_volume(cls, data_dir: str, name: str, uris: list[str]) -> Target:
@@ -31,15 +43,22 @@ class Target:
 
         Addresses with TLS, which the kernel does not speak, are passed over.
         """
-        plain = [parse_uri(uri) for uri in uris if not uri.startswith("nbds:")]
+        plain = [parse_uri(uri) for uri in uris if uri.startswith(("nbd:", "nbd+unix:"))]
         found = sorted(plain, key=lambda uri: uri.socket_path is None)
-        return cls(name, volume_identity(data_dir, name), found[0])
+        units = [parse_iscsi_uri(uri) for uri in uris if uri.startswith(SCHEME)]
+        return cls(
+            name,
+            volume_identity(data_dir, name),
+            found[0] if found else None,
+            units[0] if units else None,
+        )
 
     @classmethod
     def of_uri(cls, text: str) -> Target:
         """An export found by its address. UsageError: not such a URI."""
-        uri = parse_uri(text)
-        return cls(text, uri_identity(text), uri)
+        if text.startswith(SCHEME):
+            return cls(text, uri_identity(text), None, parse_iscsi_uri(text))
+        return cls(text, uri_identity(text), parse_uri(text))
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,8 @@ def volume_identity(data_dir: str, name: str) -> str:
 
 
 def uri_identity(text: str) -> str:
-    return f"{IDENTITY_PREFIX}{parse_uri(text)}"
+    uri = parse_iscsi_uri(text) if text.startswith(SCHEME) else parse_uri(text)
+    return f"{IDENTITY_PREFIX}{uri}"
 
 
 def pack(target: Target, options: AttachOptions) -> str:

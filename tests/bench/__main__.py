@@ -7,7 +7,7 @@ from typing import Any
 
 import structlog
 
-from tests.bench import report
+from tests.bench import iscsi, report
 from tests.bench.contestants import fio_direct, nbdkit_file, nbdkit_memory, qemu_nbd
 from tests.bench.fuse import fuse_contestants
 from tests.bench.goals import goals
@@ -61,6 +61,9 @@ def main() -> None:
         results = play(match, settings)
         print(report.table(match, results), flush=True)
         document["matches"][match.name] = report.as_json(match, results)
+    if settings.wants("iscsi"):
+        document["iscsi"] = iscsi.iscsi_throughput(settings)
+        print("== iscsi\n" + iscsi.table(document["iscsi"]), flush=True)
     if settings.wants("map"):
         document["map"] = map_memory()
         print("== map\n" + report.figures(document["map"]), flush=True)

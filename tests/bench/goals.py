@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tests.bench.iscsi import MODULE, STOCK
+
 PEERS = ("nbdkit file", "nbdkit memory", "qemu-nbd")
 
 
@@ -32,7 +34,7 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     """The goals whose tables were run."""
     return [
         goal
-        for part in (_peers, _copies, _direct, _plugin, _depth, _idle, _map)
+        for part in (_peers, _copies, _direct, _plugin, _iscsi, _depth, _idle, _map)
         for goal in part(document)
     ]
 
@@ -83,6 +85,12 @@ def _plugin(document: Mapping[str, Any]) -> Iterator[Goal]:
     for point in ("randread-4k-1", "randread-4k-32", "randwrite-4k-32"):
         ratio = _iops(table, "lhblock plugin", point) / _iops(table, "nbdkit python", point)
         yield Goal(f"{point}, plugin to a disk in nbdkit's Python", ratio, 1.0)
+
+
+def _iscsi(document: Mapping[str, Any]) -> Iterator[Goal]:
+    for point, by_name in document.get("iscsi", {}).items():
+        ratio = by_name[MODULE]["median"] / by_name[STOCK]["median"]
+        yield Goal(f"iSCSI {point}, module to stock tgtd on a file", ratio, 0.9)
 
 
 def _depth(document: Mapping[str, Any]) -> Iterator[Goal]:

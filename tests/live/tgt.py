@@ -28,10 +28,10 @@ def unit_uri(served: Serve, volume: str = "db", user: str = "") -> str:
 
 def tgtd_pid(served: Serve) -> int:
     """The tgtd of a serving process; waits until it has one."""
-    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children")
+    tasks = Path(f"/proc/{served.process.pid}/task")
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
-        for thread in children.parent.parent.iterdir():
+        for thread in list(tasks.iterdir()):
             for pid in (thread / "children").read_text().split():
                 if Path(f"/proc/{pid}/comm").read_text().strip() == "tgtd":
                     return int(pid)

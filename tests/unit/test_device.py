@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,87 @@ def test_a_keeper_is_small() -> None:
     code = f"import sys, lhblock.device; print(sorted(set(sys.modules) & {heavy!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# ---- iSCSI, with an iscsiadm that plays the kernel.
+
+UNIT = "iscsi://10.0.0.9:3260/iqn.2019-10.io.longhorn:db/1"
+ISCSIADM = """#!/bin/sh
+echo "$@" >> {root}/calls
+session={root}/sys/class/iscsi_session/session1
+case "$*" in
+  *--login*)
+    [ ! -e {root}/refuse ] || {{ echo "iscsiadm: (24 - authorization)" >&2; exit 24; }}
+    mkdir -p $session/device/target2:0:0/2:0:0:1/block/sdq {root}/sys/block/sdq
+    echo iqn.2019-10.io.longhorn:db > $session/targetname
+    echo 16 > {root}/sys/block/sdq/size
+    touch {root}/dev/sdq ;;
+  *--logout*) rm -r {root}/sys/class/iscsi_session/session1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def initiator(fake: FakeHost, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
+    """A host whose kernel has the initiator, and where this is root."""
+    programs = fake.root / "bin"
+    programs.mkdir()
+    (programs / "iscsiadm").write_text(ISCSIADM.format(root=fake.root))
+    (programs / "iscsiadm").chmod(0o755)
+    (fake.root / "sys" / "module" / "iscsi_tcp").mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    fake.host = replace(fake.host, search_path=str(programs))
+    return fake
+
+
+def calls(host: FakeHost) -> str:
+    return (host.root / "calls").read_text()
+
+
+def test_an_iscsi_unit_is_attached_once_and_detached(initiator: FakeHost) -> None:
+    target = Target.of_uri(UNIT)
+    first = attach(initiator.host, target, AttachOptions(away_s=77))
+    assert (first.device.name, first.kind, first.size_bytes) == ("sdq", "iscsi", 8192)
+    assert first.made
+    assert "replacement_timeout --value 77" in calls(initiator)
+    second = attach(initiator.host, target, AttachOptions())
+    assert (second.device, second.made) == (first.device, False)
+    assert calls(initiator).count("--login") == 1
+    assert calls(initiator).splitlines()[-1].endswith("--rescan")
+    assert attached_devices(initiator.host) == [second]
+    assert detach(initiator.host, device=first.device).device == first.device
+    assert attached_devices(initiator.host) == []
+    with pytest.raises(NotAttached):
+        detach(initiator.host, identity=target.identity)
+
+
+def test_a_session_of_somebody_else_is_left_alone(initiator: FakeHost) -> None:
+    attach(initiator.host, Target.of_uri(UNIT), AttachOptions())
+    (note,) = initiator.host.run.glob("iscsi-*.json")
+    note.unlink()
+    with pytest.raises(DeviceForeign, match="did not make"):
+        attach(initiator.host, Target.of_uri(UNIT), AttachOptions())
+    with pytest.raises(DeviceForeign):
+        detach(initiator.host, device=initiator.root / "dev" / "sdq")
+    assert "--logout" not in calls(initiator)
+
+
+def test_a_refused_login_leaves_nothing(initiator: FakeHost) -> None:
+    (initiator.root / "refuse").touch()
+    with pytest.raises(DeviceError, match="authorization"):
+        attach(initiator.host, Target.of_uri(UNIT), AttachOptions())
+    assert list(initiator.host.run.glob("iscsi-*")) == []
+    assert calls(initiator).splitlines()[-1].endswith("--op delete")
+
+
+def test_what_iscsi_needs_is_said(fake: FakeHost) -> None:
+    with pytest.raises(DeviceUnavailable, match="apt install open-iscsi"):
+        attach(fake.host, Target.of_uri(UNIT), AttachOptions())
+    with pytest.raises(DeviceUnavailable, match="not served over iSCSI"):
+        attach(fake.host, Target.of_uri(URI), AttachOptions(), "iscsi")
+
+
+@pytest.mark.parametrize("uri", ["iscsi://h/t", "iscsi://u%s@h/t/1", "iscsi://h:x/t/1"])
+def test_addresses_that_are_none(uri: str) -> None:
+    with pytest.raises(UsageError, match="iscsi://HOST"):
+        Target.of_uri(uri)
