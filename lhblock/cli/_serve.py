@@ -58,7 +58,7 @@ _SHOWN_VOLUMES_MAX = 20
 @click.option(
     "--frontend",
     multiple=True,
-    type=click.Choice(["nbd", "fuse", "tgt-iscsi"]),
+    type=click.Choice(["nbd", "fuse", "tgt-iscsi", "tgt-blockdev"]),
     help="A door to open; repeat it for more.  [default: nbd]",
 )
 @click.option(
@@ -69,7 +69,7 @@ _SHOWN_VOLUMES_MAX = 20
 @click.option(
     "--iscsi-listen",
     metavar="HOST:PORT",
-    help="Where tgt-iscsi listens.  [default: 127.0.0.1:3260]",
+    help="Where tgt-iscsi and tgt-blockdev listen.  [default: 127.0.0.1:3260]",
 )
 @click.option(
     "--iscsi-chap",
@@ -225,6 +225,8 @@ def banner(ready: Ready) -> str:
             f" cache {volume.cache}{mode}{made}"
         )
         lines.extend(f"  {uri}" for uri in volume.uris)
+        if volume.device:
+            lines.append(f"  {volume.device}")
         if volume.file and volume.file not in volume.uris:
             lines.append(f"  {volume.file}")
     hidden = len(ready.volumes) - _SHOWN_VOLUMES_MAX

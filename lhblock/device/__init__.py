@@ -15,6 +15,7 @@ from lhblock.device._attach import (
 )
 from lhblock.device._filesystem import FILE_SYSTEMS, check_wishes, make, mount
 from lhblock.device._host import Host
+from lhblock.device._iscsi import ISCSI_DEVICE, rescan
 from lhblock.device._keeper import keep
 from lhblock.device._kind import Attached
 from lhblock.device._nbd import Nbd
@@ -22,6 +23,7 @@ from lhblock.device._target import AttachOptions, Target, uri_identity, volume_i
 
 __all__ = [
     "FILE_SYSTEMS",
+    "ISCSI_DEVICE",
     "AttachOptions",
     "Attached",
     "Host",
@@ -36,6 +38,7 @@ __all__ = [
     "kind_names",
     "make",
     "mount",
+    "rescan",
     "uri_identity",
     "volume_identity",
 ]

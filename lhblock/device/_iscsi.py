@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lhblock.device._nbd import SECTOR_BYTES, SETTLE_POLL_S, SETTLE_S, require_r
 from lhblock.device._target import AttachOptions, Target
 from lhblock.errors import DeviceError, DeviceForeign, UsageError
 
+ISCSI_DEVICE: Final = "iscsi"
 PACKAGE: Final = "open-iscsi"
 # Exit status of iscsiadm that says: it is so already.
 EXISTS: Final = 15
@@ -40,7 +40,7 @@ class _Note:
 class Iscsi:
     """The kind ``iscsi``."""
 
-    name = "iscsi"
+    name = ISCSI_DEVICE
 
     def lacks(self, target: Target) -> str | None:
         if target.iscsi is not None:
@@ -85,7 +85,7 @@ class Iscsi:
                     f"this host has a session to {uri.target} that lhblock did not make;"
                     " log out of it first, or use it"
                 )
-            self._iscsiadm(host, uri, "--rescan")
+            _iscsiadm(host, uri, "--rescan")
             return _attached(host, _wait(host, uri), target.identity)
         uri = target.iscsi
         self._log_in(host, uri, path, target.identity, options)
@@ -115,34 +115,39 @@ class Iscsi:
         host.run.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.write_text(json.dumps({"identity": identity, "uri": str(uri)}))
         try:
-            self._iscsiadm(host, uri, "--op", "new")
+            _iscsiadm(host, uri, "--op", "new")
             for name, value in (
                 ("node.startup", "manual"),
                 ("node.session.timeo.replacement_timeout", str(options.away_s)),
             ):
-                self._iscsiadm(host, uri, "--op", "update", "--name", name, "--value", value)
-            self._iscsiadm(host, uri, "--login")
+                _iscsiadm(host, uri, "--op", "update", "--name", name, "--value", value)
+            _iscsiadm(host, uri, "--login")
         except DeviceError:
             with suppress(DeviceError):
-                self._iscsiadm(host, uri, "--op", "delete")
+                _iscsiadm(host, uri, "--op", "delete")
             path.unlink(missing_ok=True)
             raise
 
     def _log_out(self, host: Host, uri: IscsiUri, path: Path) -> None:
-        self._iscsiadm(host, uri, "--logout")
+        _iscsiadm(host, uri, "--logout")
         with suppress(DeviceError):
-            self._iscsiadm(host, uri, "--op", "delete")
+            _iscsiadm(host, uri, "--op", "delete")
         path.unlink(missing_ok=True)
 
-    def _iscsiadm(
-        self, host: Host, uri: IscsiUri, *arguments: str
-    ) -> subprocess.CompletedProcess[str]:
-        command = [host.program("iscsiadm", PACKAGE), "--mode", "node"]
-        command += ["--targetname", uri.target, "--portal", str(uri.portal), *arguments]
-        done = host.run_program(command)
-        if done.returncode not in (0, EXISTS):
-            raise DeviceError(f"iscsiadm cannot use {uri}: {said(done)}")
-        return done
+
+def rescan(host: Host, attached: Attached) -> None:
+    """Have the kernel look at the size of a device again. DeviceError: it cannot."""
+    note = _read(_note_path(host, attached.identity))
+    if note is not None:
+        _iscsiadm(host, note.uri, "--rescan")
+
+
+def _iscsiadm(host: Host, uri: IscsiUri, *arguments: str) -> None:
+    command = [host.program("iscsiadm", PACKAGE), "--mode", "node"]
+    command += ["--targetname", uri.target, "--portal", str(uri.portal), *arguments]
+    done = host.run_program(command)
+    if done.returncode not in (0, EXISTS):
+        raise DeviceError(f"iscsiadm cannot use {uri}: {said(done)}")
 
 
 def _note_path(host: Host, identity: str) -> Path:

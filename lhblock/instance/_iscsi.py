@@ -1,4 +1,4 @@
-"""The front end ``tgt-iscsi`` over the volumes of this process.
+"""The front ends ``tgt-iscsi`` and ``tgt-blockdev`` over the volumes of this process.
 
 Whoever has volumes open starts them with `start_iscsi`: nothing here knows which command that is.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -16,8 +16,18 @@ from typing import Final
 import structlog
 import trio
 
+from lhblock.device import (
+    ISCSI_DEVICE,
+    Attached,
+    AttachOptions,
+    Host,
+    Target,
+    attach,
+    detach,
+    rescan,
+)
 from lhblock.engine import Engine
-from lhblock.errors import FrontendError, LhblockError, UsageError
+from lhblock.errors import DeviceUnavailable, FrontendError, LhblockError, UsageError
 from lhblock.frontend.fuse import REQUESTS_MAX, serve_fuse, volume_file
 from lhblock.frontend.nbd import open_unix_listener, serve_nbd
 from lhblock.frontend.tgt import (
@@ -42,7 +52,7 @@ from lhblock.instance._served import ServedVolume
 from lhblock.instance._settings import ServeSettings
 from lhblock.settings import SOCKET_PATH_BYTES_MAX, DataDir, check_volume_name, parse_listen
 
-ISCSI_FRONTENDS: Final = ("tgt-iscsi",)
+ISCSI_FRONTENDS: Final = ("tgt-iscsi", "tgt-blockdev")
 # tgtd has one connection to each volume; one more while the last is ending.
 _CONNECTIONS_PER_VOLUME: Final = 2
 # The longest name made in the directory.
@@ -66,11 +76,17 @@ class IscsiUnit:
 
 @dataclass(frozen=True)
 class Iscsi:
-    """The running front end. `units`: by volume."""
+    """The running front end. `units`, `devices`: by volume."""
 
     tgt: Tgt
     backing: Backing
     units: Mapping[str, IscsiUnit]
+    exports: UnitExports | None
+    devices: dict[str, Attached] = field(default_factory=dict)
+
+    def device(self, volume: str) -> str:
+        """The path of a volume's device on this host, "" if it has none."""
+        return str(self.devices[volume].device) if volume in self.devices else ""
 
 
 def is_wanted(settings: ServeSettings) -> bool:
@@ -113,65 +129,128 @@ async def start_iscsi(
 ) -> Iscsi:
     """Offer volumes over iSCSI for as long as the nursery lasts.
 
-    A volume that is expanded later is seen by initiators with its new size.
+    A volume that is expanded later is seen by initiators with its new size. With
+    ``tgt-blockdev`` they are devices of this host as well, if it can.
 
     Raises:
       FrontendError: tgtd is not there, or does not do it.
+      DeviceError: this host could log in, and it fails.
     """
+    start = _Start(engine, volumes, data_dir, settings)
+    iscsi: Iscsi = await nursery.start(_run, start)
+    for served in volumes.values():
+        served.on_resized.append(partial(_resized, served.name, iscsi))
+    return iscsi
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What `start_iscsi` was given."""
+
+    engine: Engine
+    volumes: Mapping[str, ServedVolume]
+    data_dir: DataDir
+    settings: ServeSettings
+
+
+async def _run(start: _Start, *, task_status: trio.TaskStatus[Iscsi]) -> None:
+    """Everything, in the order that its end needs: devices go before what they are made of."""
+    directory = _make_directory(start.data_dir)
+    try:
+        async with trio.open_nursery() as nursery:
+            until_detached = trio.CancelScope(shield=True)
+            iscsi: Iscsi = await nursery.start(_offer, start, directory, until_detached)
+            try:
+                if "tgt-blockdev" in start.settings.frontend:
+                    await _attach(iscsi, start.data_dir)
+                task_status.started(iscsi)
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await _detach(iscsi)
+                until_detached.cancel()
+    finally:
+        _remove(directory)
+
+
+async def _offer(
+    start: _Start,
+    directory: Path,
+    scope: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[Iscsi],
+) -> None:
+    settings, volumes = start.settings, start.volumes
     chap = check_iscsi(settings)
     if settings.iscsi_shared:
         backing = await shared_backing(settings.iscsi_backing, settings.iscsi_socket)
     else:
         backing = await trio.to_thread.run_sync(choose_backing, settings.iscsi_backing)
-    directory = _make_directory(data_dir)
-    exports: UnitExports | None = None
-    if backing.name == "module":
-        exports = UnitExports(VolumeExports(volumes))
-        await _serve_socket(nursery, directory, exports, settings, len(volumes))
-    elif "fuse" not in settings.frontend:
-        await _mount(nursery, directory, engine, volumes)
-    plan = _plan(volumes, backing, directory, settings, chap)
-    tgt = await nursery.start(_run, plan, directory, backing, settings)
-    _log.info("iSCSI", portal=str(tgt.portal), backing=backing.name, reason=backing.reason)
-    if chap is None and not settings.iscsi_allow and not _is_loopback(tgt.portal.host):
-        _log.warning(
-            "whoever reaches this address may write: see --iscsi-chap and --iscsi-allow",
-            address=str(tgt.portal),
-        )
-    units = {
-        unit.volume: IscsiUnit(target.name, unit.lun, str(tgt.portal))
-        for target in plan.targets
-        for unit in target.units
-    }
-    for served in volumes.values():
-        served.on_resized.append(partial(_resized, served.name, tgt, exports))
-    return Iscsi(tgt, backing, units)
+    with scope:
+        async with trio.open_nursery() as nursery:
+            exports: UnitExports | None = None
+            if backing.name == "module":
+                exports = UnitExports(VolumeExports(volumes))
+                await _serve_socket(nursery, directory, exports, settings, len(volumes))
+            elif "fuse" not in settings.frontend:
+                await _mount(nursery, directory, start.engine, volumes)
+            plan = _plan(volumes, backing, directory, settings, chap)
+            if settings.iscsi_shared:
+                run = partial(share_tgtd, plan, settings.iscsi_socket)
+            else:
+                listen = parse_listen(settings.iscsi_listen)
+                run = partial(keep_tgtd, plan, listen, directory, backing)
+            tgt: Tgt = await nursery.start(run)
+            _log.info("iSCSI", portal=str(tgt.portal), backing=backing.name, reason=backing.reason)
+            if chap is None and not settings.iscsi_allow and not _is_loopback(tgt.portal.host):
+                _log.warning(
+                    "whoever reaches this address may write: see --iscsi-chap and --iscsi-allow",
+                    address=str(tgt.portal),
+                )
+            units = {
+                unit.volume: IscsiUnit(target.name, unit.lun, str(tgt.portal))
+                for target in plan.targets
+                for unit in target.units
+            }
+            task_status.started(Iscsi(tgt, backing, units, exports))
 
 
-async def _resized(name: str, tgt: Tgt, exports: UnitExports | None) -> None:
-    if exports is not None:
-        exports.reconnect(name)
+async def _attach(iscsi: Iscsi, data_dir: DataDir) -> None:
+    host = Host()
+    for name, unit in iscsi.units.items():
+        target = Target.of_volume(str(data_dir.path), name, [unit.uri])
+        try:
+            made = await trio.to_thread.run_sync(
+                attach, host, target, AttachOptions(), ISCSI_DEVICE
+            )
+        except DeviceUnavailable as error:
+            _log.warning("volumes are no devices of this host", reason=str(error))
+            return
+        iscsi.devices[name] = made
+        _log.info("device", volume=name, device=str(made.device))
+
+
+async def _detach(iscsi: Iscsi) -> None:
+    for name, made in iscsi.devices.items():
+        try:
+            await trio.to_thread.run_sync(partial(detach, Host(), identity=made.identity))
+        except LhblockError as error:
+            _log.warning("the device stays, without its volume", volume=name, reason=str(error))
+
+
+async def _resized(name: str, iscsi: Iscsi) -> None:
+    if iscsi.exports is not None:
+        iscsi.exports.reconnect(name)
     else:
         # A file has the size that it was opened with.
-        tgt.restart()
-
-
-async def _run(
-    plan: Plan,
-    directory: Path,
-    backing: Backing,
-    settings: ServeSettings,
-    *,
-    task_status: trio.TaskStatus[Tgt],
-) -> None:
+        iscsi.tgt.restart()
+    made = iscsi.devices.get(name)
+    if made is None:
+        return
     try:
-        if settings.iscsi_shared:
-            await share_tgtd(plan, settings.iscsi_socket, task_status=task_status)
-        else:
-            listen = parse_listen(settings.iscsi_listen)
-            await keep_tgtd(plan, listen, directory, backing, task_status=task_status)
-    finally:
-        _remove(directory)
+        await trio.to_thread.run_sync(rescan, Host(), made)
+    except LhblockError as error:
+        _log.warning("the device has its old size", volume=name, reason=str(error))
 
 
 def _plan(

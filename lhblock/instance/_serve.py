@@ -59,7 +59,13 @@ _log = structlog.get_logger("lhblock.instance")
 
 @dataclass(frozen=True)
 class ReadyVolume:
-    """A volume that is served now. `created`: this process made it. `file`: of FUSE, or ""."""
+    """A volume that is served now.
+
+    Attributes:
+      created: this process made it.
+      file: of FUSE, or "".
+      device: of this host, by ``tgt-blockdev``, or "".
+    """
 
     name: str
     size_bytes: int
@@ -69,6 +75,7 @@ class ReadyVolume:
     created: bool
     uris: tuple[str, ...]
     file: str
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -510,6 +517,7 @@ def ready_now(
                 created=served.name in process.created,
                 uris=tuple(served.uris),
                 file=_file(process.settings, served.name),
+                device=process.iscsi.device(served.name) if process.iscsi else "",
             )
             for served in process.volumes.values()
         ),

@@ -16,7 +16,7 @@ from lhblock.errors import UsageError
 from lhblock.settings import ISCSI_PORT, NBD_PORT
 
 # The doors there are; `controller` has the same.
-Frontend = Literal["nbd", "fuse", "tgt-iscsi"]
+Frontend = Literal["nbd", "fuse", "tgt-iscsi", "tgt-blockdev"]
 
 _ENV_PREFIX = "LHBLOCK_"
 # Options that are not called as their setting.

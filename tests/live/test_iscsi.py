@@ -258,3 +258,13 @@ def test_no_test_of_libiscsi_fails_that_stock_tgtd_passes(tmp_path: Path) -> Non
         runs = [both.submit(conformance_failures, tmp_path / name, uris[name]) for name in uris]
         stock, ours = [run.result() for run in runs]
     assert ours <= stock
+
+
+def test_a_device_of_this_host_or_a_warning_why_not(tmp_path: Path) -> None:
+    arguments = ("db", "--size", str(SIZE), "--frontend", "nbd", "--frontend", "tgt-blockdev")
+    with serve(tmp_path / "data", *arguments, "--iscsi-listen", "127.0.0.1:0") as served:
+        qemu_io(unit_uri(served), "write -P 7 0 4k")
+        device = served.ready["volumes"][0]["device"]
+        code, log = served.stop()
+        assert code == 0, log
+        assert device or "iscsi_tcp" in log or "root" in log

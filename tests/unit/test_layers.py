@@ -23,7 +23,7 @@ LOWER = {
     "frontend": frozenset({"engine", "replica", "_native", "errors", "settings"}),
     "device": frozenset({"frontend", "errors", "settings"}),
     "instance": frozenset(
-        {"frontend", "engine", "replica", "_native", "rpc", "errors", "settings"}
+        {"device", "frontend", "engine", "replica", "_native", "rpc", "errors", "settings"}
     ),
     "cli": frozenset({"instance", "device", "rpc", "errors", "settings"}),
     "__main__": frozenset({"cli"}),
