@@ -227,8 +227,6 @@ def banner(ready: Ready) -> str:
         lines.extend(f"  {uri}" for uri in volume.uris)
         if volume.device:
             lines.append(f"  {volume.device}")
-        if volume.file and volume.file not in volume.uris:
-            lines.append(f"  {volume.file}")
     hidden = len(ready.volumes) - _SHOWN_VOLUMES_MAX
     if hidden > 0:
         lines.append(f"and {hidden} more; see 'lhblock volume ls'")
@@ -248,7 +246,7 @@ def banner(ready: Ready) -> str:
 def attach_commands(ready: Ready, name: str, uris: Any) -> list[str]:
     """Return commands that attach or copy `name`, for addresses that are listened on."""
     iscsi = [uri for uri in uris if uri.startswith("iscsi:")]
-    uris = [uri for uri in uris if uri not in iscsi]
+    uris = [uri for uri in uris if uri not in iscsi and not uri.startswith("/")]
     commands = [f"lhblock attach {shlex.quote(uris[-1])}"] if uris else []
     secured = [uri for uri in uris if uri.startswith("nbds:")]
     uris = [uri for uri in uris if uri not in secured]

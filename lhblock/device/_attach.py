@@ -10,12 +10,13 @@ from lhblock.device._host import Host
 from lhblock.device._iscsi import Iscsi
 from lhblock.device._kernel_nbd import IDENTITY_BYTES_MAX
 from lhblock.device._kind import Attached, Kind
+from lhblock.device._loop import Loop
 from lhblock.device._nbd import Nbd
 from lhblock.device._target import AttachOptions, Target
 from lhblock.errors import DeviceError, DeviceForeign, DeviceUnavailable, NotAttached
 
 # In the order `auto` tries them.
-KINDS: Final[tuple[Kind, ...]] = (Nbd(), Iscsi())
+KINDS: Final[tuple[Kind, ...]] = (Nbd(), Iscsi(), Loop())
 AUTO: Final = "auto"
 
 

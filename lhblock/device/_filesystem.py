@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -109,7 +111,7 @@ def first_data(device: Path, target: Target) -> int | None:
     try:
         fd = os.open(device, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         try:
-            for offset, length in data_extents(target.uri, timeout_s=HANDSHAKE_TIMEOUT_S):
+            for offset, length in _data(target):
                 found = _first_nonzero(fd, offset, length)
                 if found is not None:
                     return found
@@ -120,6 +122,26 @@ def first_data(device: Path, target: Target) -> int | None:
     except OSError as error:
         raise DeviceError(f"cannot read {device}: {error.strerror or error}") from error
     return None
+
+
+def _data(target: Target) -> Iterator[tuple[int, int]]:
+    if target.nbd is None and target.file is not None:
+        return _file_extents(target.file)
+    return data_extents(target.uri, timeout_s=HANDSHAKE_TIMEOUT_S)
+
+
+def _file_extents(file: Path) -> Iterator[tuple[int, int]]:
+    with file.open("rb", buffering=0) as opened:
+        end = 0
+        while True:
+            try:
+                start = os.lseek(opened.fileno(), end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # there is none any more
+                    return
+                raise
+            end = os.lseek(opened.fileno(), start, os.SEEK_HOLE)
+            yield start, end - start
 
 
 def _first_nonzero(fd: int, offset: int, length: int) -> int | None:

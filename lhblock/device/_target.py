@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Final
 
 from lhblock.device._iscsi_uri import SCHEME, IscsiUri, parse_iscsi_uri
@@ -23,12 +24,14 @@ class Target:
       identity: the same for every attach of this volume on this host, whatever the address.
       nbd: where it is served over NBD, if it is.
       iscsi: where it is served over iSCSI, if it is.
+      file: what the FUSE front end of this host shows it as, if it does.
     """
 
     volume: str
     identity: str
     nbd: NbdUri | None
     iscsi: IscsiUri | None = None
+    file: Path | None = None
 
     @property
     def uri(self) -> NbdUri:
@@ -46,11 +49,13 @@ class Target:
         plain = [parse_uri(uri) for uri in uris if uri.startswith(("nbd:", "nbd+unix:"))]
         found = sorted(plain, key=lambda uri: uri.socket_path is None)
         units = [parse_iscsi_uri(uri) for uri in uris if uri.startswith(SCHEME)]
+        files = [Path(uri) for uri in uris if uri.startswith("/")]
         return cls(
             name,
             volume_identity(data_dir, name),
             found[0] if found else None,
             units[0] if units else None,
+            files[0] if files else None,
         )
 
     @classmethod

@@ -375,8 +375,8 @@ async def open_recorded(
     )
     await served.refresh_record(process.registry)
     served.uris = tuple(str(listener.uri(record.name)) for listener in listeners)
-    if not listeners and (file := _file(settings, record.name)):
-        served.uris = (file,)
+    if file := _file(settings, record.name):
+        served.uris = (*served.uris, file)
     served.frontends = settings.frontend
     served.frontend, served.frontend_up = settings.frontend[0], True
     process.volumes[record.name] = served

@@ -13,6 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from lhblock.device import (
+    AttachOptions,
+    Host,
+    Target,
+    attach,
+    attached_devices,
+    detach,
+    make,
+    mount,
+)
+from lhblock.errors import DeviceBusy, DeviceForeign, NotAttached
 from tests.live.serving import MIB, Serve, cli, cli_json, requires, serve, tool
 
 pytestmark = [pytest.mark.live, pytest.mark.interop]
@@ -174,6 +185,54 @@ def test_a_loop_device_carries_a_file_system(tmp_path: Path, mountpoint: Path) -
             tool("losetup", "--detach", device)
         code, log = served.stop()
         assert code == 0, log
+
+
+def test_a_volume_is_attached_through_its_file(tmp_path: Path, mountpoint: Path) -> None:
+    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
+        pytest.skip("requires root and loop devices")
+    host = Host(run=tmp_path / "run")
+    data, place = tmp_path / "data", tmp_path / "fs"
+    place.mkdir()
+    with mounted(tmp_path, mountpoint, size=64 * MIB):
+        file = mountpoint / "db" / "volume"
+        target = Target.of_volume(str(data), "db", [str(file)])
+        found = attach(host, target, AttachOptions(), "fuse")
+        try:
+            assert (found.kind, found.size_bytes, found.made) == ("fuse", 64 * MIB, True)
+            assert make(host, found, target, "ext4")
+            assert not make(host, found, target, "ext4")
+            mount(host, found, place)
+            (place / "file").write_bytes(b"x" * 100_000)
+            with pytest.raises(DeviceBusy, match="mounted at"):
+                detach(host, identity=target.identity)
+        finally:
+            subprocess.run(["umount", place], check=False)
+        tool("e2fsck", "-f", "-n", str(found.device))
+        cli(data, "volume", "expand", "db", "96M")
+        again = attach(host, target, AttachOptions())
+        assert (again.device, again.size_bytes, again.made) == (found.device, 96 * MIB, False)
+        assert detach(host, device=found.device).identity == target.identity
+        with pytest.raises(NotAttached):
+            detach(host, identity=target.identity)
+        foreign = tool("losetup", "--find", "--show", str(file)).stdout.strip()
+        try:
+            with pytest.raises(DeviceBusy, match="did not make it"):
+                attach(host, target, AttachOptions(), "fuse")
+            with pytest.raises(DeviceForeign):
+                detach(host, device=Path(foreign))
+        finally:
+            tool("losetup", "--detach", foreign)
+        attach(host, target, AttachOptions(), "fuse")
+    # The server is gone and its device is left; a new one takes its place.
+    with mounted(tmp_path, mountpoint):
+        found = attach(host, target, AttachOptions(read_only=True), "fuse")
+        assert found.made
+        with found.device.open("rb") as device:
+            assert device.read(4096 << 4)[1080:1082] == b"\x53\xef"
+        read_only = Path("/sys/block", found.device.name, "ro").read_text()
+        assert read_only.strip() == "1"
+        detach(host, identity=target.identity)
+    assert attached_devices(host) == []
 
 
 def test_directories_that_cannot_be_mounted_on(tmp_path: Path, mountpoint: Path) -> None:
