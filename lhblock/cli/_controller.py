@@ -41,7 +41,7 @@ _BACKENDS = ("tcp", "file")
 @click.option(
     "--frontend",
     default="",
-    metavar="nbd|fuse",
+    metavar="nbd|fuse|tgt-iscsi|tgt-blockdev",
     help="Offer the volume while it is open.  [default: wait for VolumeFrontendStart]",
 )
 @click.option(
@@ -53,6 +53,16 @@ _BACKENDS = ("tcp", "file")
     "--nbd-socket", metavar="PATH", help="Unix socket for NBD.  [default: DATA-DIR/run/VOLUME.nbd]"
 )
 @click.option("--fuse-dir", metavar="DIR", help="Where fuse mounts.")
+@click.option(
+    "--iscsi-listen",
+    metavar="HOST:PORT",
+    default="127.0.0.1:0",
+    show_default=True,
+    help="Where tgtd listens; port 0 lets the kernel choose.",
+)
+@click.option("--iscsi-chap", metavar="FILE", help="Names and secrets of CHAP.")
+@click.option("--iscsi-allow", multiple=True, metavar="WHO", help="Initiators that may log in.")
+@click.option("--iscsi-shared", is_flag=True, help="Use the tgtd that runs already.")
 @click.option(
     "--engine-replica-timeout",
     metavar="SECONDS",
@@ -107,6 +117,8 @@ def controller(
     enable_backend: tuple[str, ...],
     max_connections: int | None,
     no_rebuild: bool,
+    iscsi_allow: tuple[str, ...],
+    iscsi_shared: bool,
     **options: Any,
 ) -> None:
     """Run the engine of VOLUME, with replicas in other processes, until SIGINT or SIGTERM.
@@ -146,7 +158,12 @@ def controller(
         listen=nbd_listen,
         tcp=nbd_listen is not None,
         socket=socket,
-        frontend=("nbd",) if options["fuse_dir"] is None else ("nbd", "fuse"),
+        frontend=(
+            *("nbd", "tgt-iscsi", "tgt-blockdev"),
+            *(() if options["fuse_dir"] is None else ("fuse",)),
+        ),
+        iscsi_allow=iscsi_allow or None,
+        iscsi_shared=True if iscsi_shared else None,
         replica=(),
         replica_timeout=engine_replica_timeout if engine_replica_timeout >= 1 else _TIMEOUT_S,
         rebuild=False if no_rebuild else None,

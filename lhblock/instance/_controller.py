@@ -226,13 +226,21 @@ class ControllerService:
                 f"frontend {served.frontend} is already started, cannot be set as {name}",
             )
         self._check_frontend(name, served.frontends)
-        served.frontend, served.frontend_up = name, True
+        was_up, served.frontend, served.frontend_up = served.frontend_up, name, True
+        if self._host is not None:
+            try:
+                await self._host.door.open(name)
+            except LhblockError as error:
+                served.frontend_up = was_up
+                raise CallFailed("UNKNOWN", str(error)) from error
         return self._describe(served)
 
     async def frontend_shutdown(self, _request: Empty, call: Call) -> pb.Volume:
         if self._host is not None and self._host.served is None:
             return self._describe_closed(self._host)
         served = self._choice.volume(call)
+        if self._host is not None:
+            await self._host.door.close()
         served.frontend_up = False
         await served.wait_idle()
         return self._describe(served)

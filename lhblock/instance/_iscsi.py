@@ -126,21 +126,103 @@ async def start_iscsi(
     volumes: Mapping[str, ServedVolume],
     data_dir: DataDir,
     settings: ServeSettings,
+    devices: bool,
 ) -> Iscsi:
     """Offer volumes over iSCSI for as long as the nursery lasts.
 
-    A volume that is expanded later is seen by initiators with its new size. With
-    ``tgt-blockdev`` they are devices of this host as well, if it can.
+    A volume that is expanded later is seen by initiators with its new size.
+
+    Args:
+      devices: they are to be devices of this host as well, if it can.
 
     Raises:
       FrontendError: tgtd is not there, or does not do it.
       DeviceError: this host could log in, and it fails.
     """
-    start = _Start(engine, volumes, data_dir, settings)
+    start = _Start(engine, volumes, data_dir, settings, devices)
     iscsi: Iscsi = await nursery.start(_run, start)
     for served in volumes.values():
         served.on_resized.append(partial(_resized, served.name, iscsi))
     return iscsi
+
+
+class IscsiDoor:
+    """The front end of a process whose volume comes and goes.
+
+    Args:
+      nursery: where it lives while it is open.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        *,
+        engine: Engine,
+        volumes: Mapping[str, ServedVolume],
+        data_dir: DataDir,
+        settings: ServeSettings,
+    ) -> None:
+        self._nursery = nursery
+        self._engine = engine
+        self._volumes = volumes
+        self._data_dir = data_dir
+        self._settings = settings
+        self._scope: trio.CancelScope | None = None
+        self._closed = trio.Event()
+
+    async def open(self, frontend: str) -> None:
+        """Offer the open volume. Nothing happens if it is offered, or by another front end.
+
+        Raises:
+          LhblockError: as `start_iscsi`.
+        """
+        if self._scope is not None or frontend not in ISCSI_FRONTENDS:
+            return
+        try:
+            await self._nursery.start(self._hold, frontend)
+        except BaseExceptionGroup as group:
+            known, others = group.split(LhblockError)
+            if known is None or others is not None:
+                raise
+            error: BaseException = known
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from group
+
+    async def close(self) -> None:
+        """Stop offering it; commands that were answered are in the volume.
+
+        Cancelled: it is closed all the same.
+        """
+        if self._scope is not None:
+            self._scope.cancel()
+            await self._closed.wait()
+
+    async def _hold(self, frontend: str, *, task_status: trio.TaskStatus[None]) -> None:
+        self._closed = trio.Event()
+        volumes = dict(self._volumes)
+        before = {name: tuple(served.uris) for name, served in volumes.items()}
+        try:
+            with trio.CancelScope() as self._scope:
+                async with trio.open_nursery() as nursery:
+                    iscsi = await start_iscsi(
+                        nursery,
+                        engine=self._engine,
+                        volumes=volumes,
+                        data_dir=self._data_dir,
+                        settings=self._settings,
+                        devices=frontend == "tgt-blockdev",
+                    )
+                    for name, served in volumes.items():
+                        served.uris = (iscsi.units[name].uri, *served.uris)
+                    task_status.started()
+                    await trio.sleep_forever()
+        finally:
+            for name, served in volumes.items():
+                served.uris = before[name]
+                served.on_resized.clear()
+            self._scope = None
+            self._closed.set()
 
 
 @dataclass(frozen=True)
@@ -151,6 +233,7 @@ class _Start:
     volumes: Mapping[str, ServedVolume]
     data_dir: DataDir
     settings: ServeSettings
+    devices: bool
 
 
 async def _run(start: _Start, *, task_status: trio.TaskStatus[Iscsi]) -> None:
@@ -161,7 +244,7 @@ async def _run(start: _Start, *, task_status: trio.TaskStatus[Iscsi]) -> None:
             until_detached = trio.CancelScope(shield=True)
             iscsi: Iscsi = await nursery.start(_offer, start, directory, until_detached)
             try:
-                if "tgt-blockdev" in start.settings.frontend:
+                if start.devices:
                     await _attach(iscsi, start.data_dir)
                 task_status.started(iscsi)
                 await trio.sleep_forever()
@@ -192,7 +275,7 @@ async def _offer(
             if backing.name == "module":
                 exports = UnitExports(VolumeExports(volumes))
                 await _serve_socket(nursery, directory, exports, settings, len(volumes))
-            elif "fuse" not in settings.frontend:
+            elif settings.fuse_dir is None:
                 await _mount(nursery, directory, start.engine, volumes)
             plan = _plan(volumes, backing, directory, settings, chap)
             if settings.iscsi_shared:

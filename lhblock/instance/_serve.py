@@ -414,6 +414,7 @@ async def _start_iscsi(nursery: trio.Nursery, process: Process, engine: Engine) 
         volumes=process.volumes,
         data_dir=process.data_dir,
         settings=process.settings,
+        devices="tgt-blockdev" in process.settings.frontend,
     )
     process.iscsi = iscsi
     for served in process.volumes.values():

@@ -14,6 +14,7 @@ from lhblock.engine import Engine
 from lhblock.errors import UsageError, VolumeBusy, VolumeNotFound
 from lhblock.frontend.nbd import Listener
 from lhblock.instance._creation import create_volume
+from lhblock.instance._iscsi import IscsiDoor
 from lhblock.instance._registry import MADE_NOTHING, Registry, ReplicaRecord, VolumeRecord
 from lhblock.instance._serve import Process, open_recorded
 from lhblock.instance._served import ServedVolume
@@ -33,6 +34,7 @@ class VolumeHost:
     Attributes:
       size_bytes: of a new volume, and after the first start what it had last.
       unmap_mark: kept for callers who set it, without effect.
+      door: of iSCSI, open while that is the front end and it is up.
     """
 
     def __init__(
@@ -63,6 +65,13 @@ class VolumeHost:
         self.size_bytes = 0
         self.frontend = frontend
         self.unmap_mark = unmap_mark
+        self.door = IscsiDoor(
+            nursery,
+            engine=engine,
+            volumes=process.volumes,
+            data_dir=process.data_dir,
+            settings=process.settings,
+        )
 
     @property
     def frontends(self) -> Sequence[str]:
@@ -101,6 +110,13 @@ class VolumeHost:
             record = await self._record(places, size_bytes or self._create_bytes)
             self._stop, self._closed = trio.Event(), trio.Event()
             await self._nursery.start(self._hold, record)
+            try:
+                await self.door.open(self.frontend)
+            except BaseException:
+                self._stop.set()
+                with trio.CancelScope(shield=True):
+                    await self._closed.wait()
+                raise
 
     async def shutdown(self) -> None:
         """Close the volume, its front end first. Closed already: nothing.
@@ -111,6 +127,7 @@ class VolumeHost:
             served = self.served
             if served is None:
                 return
+            await self.door.close()
             served.frontend_up = False
             await served.wait_idle()
             self._stop.set()

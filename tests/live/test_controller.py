@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from lhblock.errors import ControlError
 from lhblock.rpc import CONTROLLER, RpcClient
 from lhblock.rpc.generated import controller_pb2 as pb
-from tests.live.serving import MIB, TIMEOUT_S, cli, cli_json, command, nbdsh, tool
+from tests.live.serving import MIB, TIMEOUT_S, ToolFailed, cli, cli_json, command, nbdsh, tool
 from tests.live.test_remote_replicas import Host, options, wait_modes
 
 pytestmark = pytest.mark.live
@@ -249,3 +249,21 @@ def test_bad_arguments_get_a_sentence(
     status, said = refused(tmp_path / "data", *arguments)
     assert status == 2, said
     assert sentence in said
+
+
+def test_iscsi_comes_and_goes_with_the_front_end(tmp_path: Path, hosts: list[Host]) -> None:
+    data = tmp_path / "data"
+    with controller(data, "--size", SIZE, "--frontend", "tgt-iscsi", *options(hosts)) as served:
+        uri = served.call("VolumeGet").endpoint
+        assert uri.startswith("iscsi://127.0.0.1:")
+        assert uri.endswith("/iqn.2019-10.io.longhorn:db/1")
+        tool("qemu-io", "-f", "raw", "-c", "write -P 7 0 64k", uri)
+        assert served.call("VolumeFrontendShutdown").frontendState == "down"
+        with pytest.raises(ToolFailed):
+            tool("qemu-io", "-f", "raw", "-c", "read 0 64k", uri)
+        request = pb.VolumeFrontendStartRequest(frontend="tgt-iscsi")
+        again = served.call("VolumeFrontendStart", request).endpoint
+        said = tool("qemu-io", "-f", "raw", "-c", "read -P 7 0 64k", again).stdout
+        assert "verification" not in said
+        served.call("VolumeShutdown")
+        assert served.stop() == 0
