@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from lhblock.frontend.tgt import choose_backing
 from tests.live.serving import (
     MIB,
     TIMEOUT_S,
@@ -189,6 +190,78 @@ def test_tgtd_is_killed_again_and_again_and_no_write_is_lost(tmp_path: Path, bac
         assert hashlib.sha256(back.read_bytes()).digest() == (
             hashlib.sha256(image.read_bytes()).digest()
         )
+
+
+def module() -> Path:
+    found = choose_backing("module").module
+    assert found is not None
+    return found
+
+
+def offer_volume(tgtd: PlainTgtd, served: Serve, *options: str) -> str:
+    """Have a tgtd of others offer the volume through the module, as tgtadm is used by hand."""
+    words = ";".join(("export=db", *options))
+    socket = Path(served.ready["sockets"][0])
+    return tgtd.offer(socket, "--bstype", "lhblock", "--bsopts", words)
+
+
+def test_a_killed_engine_is_waited_for_and_no_write_is_lost(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(random.Random(5).randbytes(SIZE))
+    arguments = ("db", "--size", str(SIZE), "--socket", str(tmp_path / "socket"))
+    with PlainTgtd(tmp_path, module()).running() as tgtd:
+        with serve(tmp_path / "data", *arguments) as served:
+            uri = offer_volume(tgtd, served)
+            copying = subprocess.Popen(
+                [
+                    *(requires("qemu-img"), "convert", "-n", "-r", "16M", "-f", "raw", "-O", "raw"),
+                    *(str(image), uri),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            wait_written(served, SIZE // 8)
+            served.stop(signal.SIGKILL)
+        with serve(tmp_path / "data", *arguments) as served:
+            wait_written(served, SIZE // 2)
+            served.stop(signal.SIGKILL)
+        with serve(tmp_path / "data", *arguments) as served:
+            said, _ = copying.communicate(timeout=TIMEOUT_S)
+            assert copying.returncode == 0, said
+            back = tmp_path / "back"
+            tool("nbdcopy", served.uri(), str(back))
+            assert back.read_bytes() == image.read_bytes()
+
+
+def test_commands_are_answered_busy_when_the_engine_stays_away(tmp_path: Path) -> None:
+    arguments = ("db", "--size", "1M", "--socket", str(tmp_path / "socket"))
+    with PlainTgtd(tmp_path, module()).running() as tgtd:
+        with serve(tmp_path / "data", *arguments) as served:
+            uri = offer_volume(tgtd, served, "away=1")
+            reading = subprocess.Popen(
+                [requires("qemu-io"), "-f", "raw", uri],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            assert reading.stdin is not None
+            assert reading.stdout is not None
+            reading.stdin.write("read 0 4k\n")
+            reading.stdin.flush()
+            while "read 4096/4096" not in reading.stdout.readline():
+                assert reading.poll() is None
+            served.stop()
+        reading.stdin.write("read 0 4k\n")
+        reading.stdin.flush()
+        assert reading.stderr is not None
+        # qemu tells of each, and tries again.
+        assert "BUSY" in reading.stderr.readline()
+        with serve(tmp_path / "data", *arguments):
+            said, _ = reading.communicate(timeout=TIMEOUT_S)
+            assert "read 4096/4096" in said
+            qemu_io(uri, "write -P 3 0 4k", "read -P 3 0 4k")
 
 
 @pytest.mark.parametrize("backing", BACKINGS)

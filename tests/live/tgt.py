@@ -40,12 +40,13 @@ def tgtd_pid(served: Serve) -> int:
 
 
 class PlainTgtd:
-    """A tgtd that lhblock has nothing to do with."""
+    """A tgtd that lhblock has nothing to do with. `module`: a backing store it loads."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, module: Path | None = None) -> None:
         self.socket = directory / "ipc"
         self.portal = ""
         self._environment = os.environ | {"TGT_IPC_SOCKET": str(self.socket)}
+        self._preload = {"LD_PRELOAD": str(module)} if module else {}
 
     def adm(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -63,7 +64,7 @@ class PlainTgtd:
         requires(TGTD)
         process = subprocess.Popen(
             [TGTD, "-f", "--iscsi", "portal=127.0.0.1:0"],
-            env=self._environment,
+            env=self._environment | self._preload,
             stderr=subprocess.DEVNULL,
         )
         try:
@@ -80,11 +81,11 @@ class PlainTgtd:
             process.kill()
             process.wait()
 
-    def offer(self, file: Path) -> str:
-        """Make a target of a file, thin as ours, and return its URI."""
+    def offer(self, file: Path, *how: str) -> str:
+        """Make a target of a file, thin as ours, and return its URI. `how`: more for tgtadm."""
         new = ("--op", "new", "--tid", "1")
         self.adm(*new, "--mode", "target", "-T", "iqn.test:plain")
-        self.adm(*new, "--mode", "logicalunit", "--lun", "1", "-b", str(file))
+        self.adm(*new, "--mode", "logicalunit", "--lun", "1", "-b", str(file), *how)
         thin = ("--params", "thin_provisioning=1")
         self.adm("--op", "update", "--mode", "logicalunit", "--tid", "1", "--lun", "1", *thin)
         self.adm("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
