@@ -284,17 +284,19 @@ def test_an_expansion_is_seen(tmp_path: Path, backing: str) -> None:
         assert backing == "fuse" or tgtd_pid(served) == pid
 
 
-def test_a_running_tgtd_is_shared_and_left_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_a_running_tgtd_is_shared_and_left_as_it_was(tmp_path: Path, backing: str) -> None:
     file = tmp_path / "plain"
     file.touch()
     os.truncate(file, MIB)
-    with PlainTgtd(tmp_path).running() as other:
+    loaded = module() if backing == "module" else None
+    with PlainTgtd(tmp_path, loaded).running() as other:
         other.offer(file)
         before = other.adm("--op", "show", "--mode", "target")
         environment = {"LHBLOCK_ISCSI_SOCKET": f"{other.socket}.0"}
         with iscsi(tmp_path, "--iscsi-shared", env=environment) as served:
             assert served.ready["portal"] == other.portal
-            assert served.ready["backing"].startswith("fuse")
+            assert served.ready["backing"].startswith(backing)
             qemu_io(unit_uri(served), "write -P 7 0 64k", "flush", "read -P 7 0 64k")
             served.process.kill()
             served.process.communicate(timeout=TIMEOUT_S)
