@@ -44,8 +44,8 @@ UNIT_PACKED_BYTES = 2 * UNIT_MAP_BYTES + UNIT_BYTES
 VOLUME_READ_ONLY = 1
 IO_FUA = 1
 IO_NO_HOLE = 2
-CALL_IN_PLACE = 256
-CALL_BYTES_MAX = 4 << 20
+FUSE_WRITABLE = 1
+FUSE_FUA = 2
 NBD_STRUCTURED = 1
 NBD_BASE_ALLOCATION = 2
 NBD_READ_ONLY = 4
@@ -219,8 +219,8 @@ def _module() -> Any:
         "LHB_VOLUME_READ_ONLY": VOLUME_READ_ONLY,
         "LHB_IO_FUA": IO_FUA,
         "LHB_IO_NO_HOLE": IO_NO_HOLE,
-        "LHB_CALL_IN_PLACE": CALL_IN_PLACE,
-        "LHB_CALL_BYTES_MAX": CALL_BYTES_MAX,
+        "LHB_FUSE_WRITABLE": FUSE_WRITABLE,
+        "LHB_FUSE_FUA": FUSE_FUA,
         "LHB_NBD_STRUCTURED": NBD_STRUCTURED,
         "LHB_NBD_BASE_ALLOCATION": NBD_BASE_ALLOCATION,
         "LHB_NBD_READ_ONLY": NBD_READ_ONLY,
@@ -849,70 +849,50 @@ class NativeVolume(_Handle):
         return int(out[0])
 
 
-class NativeCalls(_Handle):
-    """Requests that nobody's thread waits for; their ends come through an eventfd.
+class NativeFuse(_Handle):
+    """The relay between ``/dev/fuse`` and a file-system server.
 
     Args:
-      calls_max: how many may be in flight, 1..256.
+      engine: outlives the relay; it has one.
+      kernel_fd: ``/dev/fuse`` of a mount.
+      server_fd: a ``SOCK_SEQPACKET`` socket whose peer the server takes for ``/dev/fuse``. Both
+        descriptors belong to the relay from now on.
+
+    Raises:
+      NativeError: EBUSY when the engine has one; both are still the caller's.
     """
 
-    def __init__(self, calls_max: int) -> None:
+    def __init__(self, engine: NativeEngine, kernel_fd: int, server_fd: int) -> None:
         module = _module()
         self._lib = module.lib
-        self._from_buffer = module.ffi.from_buffer
-        self._null = module.ffi.NULL
-        out = module.ffi.new("lhb_calls **")
-        _check("prepare calls", module.lib.lhb_calls_open(calls_max, out))
-        self._result = module.ffi.new("struct lhb_call_result *")
+        out = module.ffi.new("lhb_fuse **")
+        result = module.lib.lhb_fuse_open(engine.raw, kernel_fd, server_fd, out)
+        _check("relay a mount", result)
         super().__init__(out[0])
 
     @property
     def fd(self) -> int:
-        """Readable when calls that went on have ended. This object owns it."""
-        return int(self._lib.lhb_calls_fd(self.raw))
+        """Readable for good when the kernel has ended the mount. This object owns it."""
+        return int(self._lib.lhb_fuse_fd(self.raw))
 
-    def start(
-        self,
-        volume: NativeVolume,
-        op: Op,
-        flags: int,
-        offset_bytes: int,
-        length_bytes: int,
-        data: Buffer | None,
-        tag: int,
-        wait_ns: int,
-    ) -> bool:
-        """Start a request, and wait for it for a moment without the GIL.
-
-        Args:
-          flags: ``IO_*`` and ``CALL_IN_PLACE``.
-          data: what is written, or where what is read goes; the caller keeps it until the end.
-          tag: what :meth:`next` names the call by.
-          wait_ns: how long that moment is.
-
-        Returns:
-          Whether it has ended; else it goes on, and :meth:`next` tells its end.
+    def add_file(self, handle: int, volume: NativeVolume, *, writable: bool, fua: bool) -> None:
+        """Answer I/O of a file from now on.
 
         Raises:
-          NativeError: it failed. EAGAIN: too many are in flight.
+          NativeError: EMFILE when too many are open.
         """
-        memory = self._null if data is None else self._from_buffer(data)
-        result = self._lib.lhb_calls_start(
-            self.raw, volume.raw, op, flags, offset_bytes, length_bytes, memory, tag, wait_ns
-        )
-        return _check(op.name.lower(), result) == 1
+        flags = (FUSE_WRITABLE if writable else 0) | (FUSE_FUA if fua else 0)
+        _check("open", self._lib.lhb_fuse_add_file(self.raw, handle, volume.raw, flags))
 
-    def next(self) -> tuple[int, int] | None:
-        """Tag and error (0 or an errno) of a call that ended. Clear the eventfd before."""
-        if self._lib.lhb_calls_next(self.raw, self._result) == 0:
-            return None
-        return self._result.tag, -self._result.error
+    def remove_file(self, handle: int) -> None:
+        """Answer it no more. Blocking: its requests end first."""
+        self._lib.lhb_fuse_remove_file(self.raw, handle)
 
     def close(self) -> None:
-        """Release it. Nothing is in flight."""
+        """Answer what is in progress and read no more. Blocking."""
         raw = self._take()
         if raw is not None:
-            self._lib.lhb_calls_close(raw)
+            self._lib.lhb_fuse_close(raw)
 
 
 def _raw_or_null(volume: NativeVolume | None) -> Any:

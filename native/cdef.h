@@ -55,9 +55,10 @@
 #define LHB_IO_NO_HOLE 2            /* LHB_OP_ZERO must leave allocated space */
 #define LHB_IO_FAST_ZERO 4          /* LHB_OP_ZERO: -EOPNOTSUPP if slow */
 
-#define LHB_CALL_IN_PLACE 256       /* see lhb_calls_start */
-#define LHB_CALL_BYTES_MAX 4194304  /* of one READ or WRITE */
-#define LHB_CALLS_MAX 256           /* in flight, of one lhb_calls */
+#define LHB_FUSE_WRITABLE 1         /* see lhb_fuse_add_file */
+#define LHB_FUSE_FUA 2
+#define LHB_FUSE_FILES_MAX 1024     /* open at once, of one mount */
+#define LHB_FUSE_BYTES_MAX 1048576  /* of one READ or WRITE */
 
 #define LHB_NBD_STRUCTURED 1        /* structured replies were negotiated */
 #define LHB_NBD_BASE_ALLOCATION 2   /* base:allocation is selected, id below */
@@ -84,7 +85,7 @@
 typedef struct lhb_engine lhb_engine;
 typedef struct lhb_volume lhb_volume;
 typedef struct lhb_store lhb_store;
-typedef struct lhb_calls lhb_calls;
+typedef struct lhb_fuse lhb_fuse;
 
 struct lhb_engine_options {
   uint32_t queues;                  /* queue threads, 1..64 */
@@ -100,12 +101,6 @@ struct lhb_event {
   uint64_t subject_id;              /* store id or connection id */
   uint64_t offset_bytes;
   uint64_t length_bytes;
-};
-
-struct lhb_call_result {
-  uint64_t tag;
-  int32_t error;                    /* 0 or -errno */
-  uint32_t reserved;
 };
 
 struct lhb_extent {
@@ -337,30 +332,26 @@ int lhb_volume_block_status (lhb_volume *volume, uint64_t offset_bytes,
 void lhb_volume_statistics (const lhb_volume *volume,
                             struct lhb_statistics *statistics_out);
 
-/* ---- Calls: requests of a thread that does not wait for them.
+/* ---- FUSE: I/O of open files is answered here, the rest by a server
+ * (docs/internals/fuse.md).
  *
- * For front ends whose requests come through Python.  Up to 'calls_max' are in
- * flight at once, on any volumes of one engine. */
+ * 'kernel_fd' is /dev/fuse of a mount; 'server_fd' one end of a pair of
+ * SOCK_SEQPACKET sockets whose other end the server takes for it.  Both belong
+ * to the relay when this succeeds.  An engine has one relay: -EBUSY. */
 
-int lhb_calls_open (uint32_t calls_max, lhb_calls **calls_out);
-/* Nothing is in flight. */
-void lhb_calls_close (lhb_calls *calls);
-/* An eventfd, written when there is something for lhb_calls_next again. */
-int lhb_calls_fd (const lhb_calls *calls);
-/* Start a request and wait for it, but not longer than 'wait_ns'.  Returns 1
- * when it has ended well, -errno when it has failed, and 0 when it goes on:
- * then lhb_calls_next tells its end, and 'data' must stay until then.
- * -EAGAIN: calls_max are in flight.
- *
- * 'flags' are LHB_IO_*, and LHB_CALL_IN_PLACE: the caller vouches that 'data'
- * is block-aligned memory, or that the volume has no store with
- * LHB_STORE_DIRECT, so whole blocks need not be copied. */
-int lhb_calls_start (lhb_calls *calls, lhb_volume *volume, uint32_t op,
-                     uint32_t flags, uint64_t offset_bytes,
-                     uint64_t length_bytes, void *data, uint64_t tag,
-                     uint64_t wait_ns);
-/* 1 and the result of a call that went on, or 0.  Clear the eventfd before. */
-int lhb_calls_next (lhb_calls *calls, struct lhb_call_result *result_out);
+int lhb_fuse_open (lhb_engine *engine, int kernel_fd, int server_fd,
+                   lhb_fuse **fuse_out);
+/* Readable when the kernel has ended the mount, and for good. */
+int lhb_fuse_fd (const lhb_fuse *fuse);
+/* From now on answer I/O of a file that the server is about to say is open.
+ * 'flags' are LHB_FUSE_*.  When the volume closes its requests end with EIO.
+ * -EMFILE: LHB_FUSE_FILES_MAX are open. */
+int lhb_fuse_add_file (lhb_fuse *fuse, uint64_t handle, lhb_volume *volume,
+                       uint32_t flags);
+/* Blocking: its requests end first. */
+void lhb_fuse_remove_file (lhb_fuse *fuse, uint64_t handle);
+/* Blocking: requests in progress are answered, no other is read. */
+void lhb_fuse_close (lhb_fuse *fuse);
 
 /* ---- Dirty maps: what changed since a replica left
  * (docs/internals/activity-log.md).

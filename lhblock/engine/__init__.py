@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from lhblock._native import MERGE_STEP_BYTES, UNIT_BYTES, CloseReason, NativeUnit
 from lhblock.engine._alignment import Alignment
-from lhblock.engine._calls import Calls
 from lhblock.engine._config import (
     CacheMode,
     DriverChoice,
@@ -39,6 +38,7 @@ from lhblock.engine._limits import SnapshotLimits
 from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import LayerDamage, MergeKind
 from lhblock.engine._opening import create_replicas
+from lhblock.engine._relay import Relay
 from lhblock.engine._remote_creation import RemoteReplica, greet_replica, uncreate_replica
 from lhblock.engine._remote_member import RemoteMember
 from lhblock.engine._statistics import VolumeMetrics, VolumeStatistics
@@ -52,7 +52,6 @@ __all__ = [
     "UNIT_BYTES",
     "Alignment",
     "CacheMode",
-    "Calls",
     "CloseReason",
     "Connection",
     "Device",
@@ -69,6 +68,7 @@ __all__ = [
     "NativeUnit",
     "RebuildInfo",
     "RebuildOptions",
+    "Relay",
     "RemoteLimits",
     "RemoteMember",
     "RemoteReplica",

@@ -11,9 +11,9 @@ import structlog
 import trio
 
 from lhblock._native import Driver, NativeEngine, built_with_uring, probe_uring
-from lhblock.engine._calls import Calls, open_calls
 from lhblock.engine._config import EngineOptions, VolumeConfig
 from lhblock.engine._device import Device
+from lhblock.engine._relay import Relay, open_relay
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import LhblockError, NativeError
 
@@ -61,17 +61,20 @@ class Engine:
         """
         return open_volume(self, config)
 
-    def open_calls(self, calls_max: int) -> AbstractAsyncContextManager[Calls]:
-        """Prepare for requests of this thread to volumes of this engine, for the block.
-
-        Whoever made a request has its answer before the block is left.
+    def open_relay(self, kernel_fd: int, server_fd: int) -> AbstractAsyncContextManager[Relay]:
+        """Answer I/O of files of a mount for the block, and pass the rest to a server.
 
         Args:
-          calls_max: how many are in flight at most, 1..256; one more fails with EAGAIN.
+          kernel_fd: ``/dev/fuse`` of the mount.
+          server_fd: a ``SOCK_SEQPACKET`` socket whose peer the server takes for ``/dev/fuse``.
+            Both belong to the relay from now on.
+
+        Raises:
+          NativeError: EBUSY when this engine has a relay; both are still the caller's.
 
         Cancelled: the block is; requests end first.
         """
-        return open_calls(calls_max)
+        return open_relay(self._native, kernel_fd, server_fd)
 
     def add_device(self, device: Device) -> None:
         """Send events of this native volume to ``device`` from now on."""

@@ -6,20 +6,21 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from lhblock.engine import Calls, Device
+from lhblock.engine import Engine, Relay
 from lhblock.errors import NotServing, VolumeBusy
-from lhblock.frontend.fuse import OpenFile, SnapshotFile, VolumeFiles
+from lhblock.frontend.fuse import SnapshotFile, VolumeFiles
 from lhblock.instance._served import ServedVolume
 
 HEAD = "volume-head"
 
 
 class ServedFiles:
-    """Implements `lhblock.frontend.fuse.Volumes` with calls into the engine."""
+    """Implements `lhblock.frontend.fuse.Volumes` with files that the engine serves."""
 
-    def __init__(self, volumes: Mapping[str, ServedVolume], calls: Calls) -> None:
+    def __init__(self, volumes: Mapping[str, ServedVolume], engine: Engine) -> None:
         self._volumes = volumes
-        self._calls = calls
+        self._engine = engine
+        self._relay: Relay | None = None
 
     async def names(self) -> Sequence[str]:
         return [served.name for served in self._volumes.values() if served.frontend_up]
@@ -40,45 +41,34 @@ class ServedFiles:
         return status_json(self._offered(name))
 
     @asynccontextmanager
-    async def open(self, name: str, snapshot: str | None) -> AsyncIterator[OpenFile]:
+    async def open_relay(self, kernel_fd: int, server_fd: int) -> AsyncIterator[Relay]:
+        async with self._engine.open_relay(kernel_fd, server_fd) as self._relay:
+            yield self._relay
+
+    @asynccontextmanager
+    async def open(
+        self, name: str, snapshot: str | None, *, handle: int, writable: bool, fua: bool
+    ) -> AsyncIterator[None]:
+        assert self._relay is not None
         served = self._offered(name)
         if snapshot is not None:
-            async with served.volume.open_view(snapshot) as view:
-                yield _DeviceFile(self._calls, view)
+            async with (
+                served.volume.open_view(snapshot) as view,
+                self._relay.serve(handle, view, writable=False, fua=False),
+            ):
+                yield
             return
         if served.reverting:
             raise VolumeBusy(name, "it is being reverted; try again")
         with served.volume.open_file():
-            yield _DeviceFile(self._calls, served.volume)
+            async with self._relay.serve(handle, served.volume, writable=writable, fua=fua):
+                yield
 
     def _offered(self, name: str) -> ServedVolume:
         served = self._volumes.get(name)
         if served is None or not served.frontend_up:
             raise NotServing(name, "is not offered now")
         return served
-
-
-class _DeviceFile:
-    """A volume or a view, as the front end wants to see it."""
-
-    def __init__(self, calls: Calls, device: Device) -> None:
-        self._calls = calls
-        self._device = device
-
-    @property
-    def size_bytes(self) -> int:
-        return self._device.size_bytes
-
-    async def read(self, offset_bytes: int, buffer: memoryview) -> None:
-        await self._calls.read(self._device, offset_bytes, buffer)
-
-    async def write(
-        self, offset_bytes: int, data: bytes | bytearray | memoryview, *, fua: bool
-    ) -> None:
-        await self._calls.write(self._device, offset_bytes, data, fua=fua)
-
-    async def flush(self) -> None:
-        await self._calls.flush(self._device)
 
 
 def status_json(served: ServedVolume) -> bytes:

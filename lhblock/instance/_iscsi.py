@@ -28,7 +28,7 @@ from lhblock.device import (
 )
 from lhblock.engine import Engine
 from lhblock.errors import DeviceUnavailable, FrontendError, LhblockError, UsageError
-from lhblock.frontend.fuse import REQUESTS_MAX, serve_fuse, volume_file
+from lhblock.frontend.fuse import serve_fuse, volume_file
 from lhblock.frontend.nbd import open_unix_listener, serve_nbd
 from lhblock.frontend.tgt import (
     Backing,
@@ -403,8 +403,7 @@ async def _mount(
     mount.mkdir(mode=0o700)
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
-        async with engine.open_calls(REQUESTS_MAX) as calls:
-            await serve_fuse(mount, ServedFiles(volumes, calls), task_status=task_status)
+        await serve_fuse(mount, ServedFiles(volumes, engine), task_status=task_status)
         raise FrontendError(
             f"{mount} was unmounted by somebody else; tgtd had its files from there"
         )

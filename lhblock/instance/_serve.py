@@ -15,7 +15,7 @@ import trio
 
 from lhblock.engine import Engine, EngineOptions, RebuildOptions, RemoteLimits, open_engine
 from lhblock.errors import LhblockError, UsageError, VolumeBusy, VolumeNotFound
-from lhblock.frontend.fuse import REQUESTS_MAX, serve_fuse, volume_file
+from lhblock.frontend.fuse import serve_fuse, volume_file
 from lhblock.frontend.nbd import (
     ClientInfo,
     Listener,
@@ -399,9 +399,8 @@ async def start_fuse(nursery: trio.Nursery, process: Process, engine: Engine) ->
     directory = Path.cwd() / process.settings.fuse_dir
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
-        async with engine.open_calls(REQUESTS_MAX) as calls:
-            files = ServedFiles(process.volumes, calls)
-            await serve_fuse(directory, files, task_status=task_status)
+        files = ServedFiles(process.volumes, engine)
+        await serve_fuse(directory, files, task_status=task_status)
         _log.warning("unmounted by somebody else; files are not offered any more")
 
     await nursery.start(run)

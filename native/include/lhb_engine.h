@@ -27,6 +27,9 @@ struct lhb_engine {
   uint32_t event_first, event_count;
   int events_closed;                    /* nobody drains any more */
   int event_fd;
+
+  pthread_mutex_t fuse_lock;
+  lhb_fuse *fuse;                       /* the relay, or NULL */
 };
 
 uint64_t lhb_engine_new_id (struct lhb_engine *engine);

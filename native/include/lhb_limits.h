@@ -41,6 +41,15 @@
 #define LHB_PEER_FARTHER_BYTES (1u << 20)
 #define LHB_PEER_TIMEOUT_MS_MAX 3600000u
 
+/* FUSE.  Requests in flight of one queue, and read in one turn of it. */
+#define LHB_FUSE_SLOTS 32
+#define LHB_FUSE_TURN_MAX 8
+#define LHB_FUSE_BACKGROUND_MAX 64      /* asynchronous ones, told to the kernel */
+#define LHB_FUSE_MESSAGE_BYTES (256u << 10)     /* to and from the server */
+#define LHB_FUSE_OPENS 64               /* being opened by the server */
+#define LHB_FUSE_RETRY_NS 1000000ull    /* while the server's socket is full */
+#define LHB_FUSE_SEEK_BYTES (1ull << 30)        /* looked through with one claim */
+
 #define LHB_REQUEST_IOS_MAX 8           /* system calls in flight per request */
 /* Larger page-cache copies leave the queue thread for the driver, so that two
  * cores copy at once and small requests do not wait behind them. */

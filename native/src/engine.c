@@ -7,6 +7,7 @@
 
 #include "lhb_engine.h"
 #include "lhb_queue.h"
+#include "lhb_util.h"
 
 static int
 engine_check_options (const struct lhb_engine_options *options)
@@ -66,6 +67,7 @@ lhb_engine_open (const struct lhb_engine_options *options,
   engine->driver = (uint32_t) driver;
   pthread_mutex_init (&engine->event_lock, NULL);
   pthread_cond_init (&engine->event_room, NULL);
+  lhb_mutex_init (&engine->fuse_lock);
 
   engine->event_fd = eventfd (0, EFD_NONBLOCK | EFD_CLOEXEC);
   result = engine->event_fd == -1 ? -errno : 0;
@@ -103,6 +105,7 @@ lhb_engine_close (lhb_engine *engine)
     close (engine->event_fd);
   pthread_cond_destroy (&engine->event_room);
   pthread_mutex_destroy (&engine->event_lock);
+  pthread_mutex_destroy (&engine->fuse_lock);
   free (engine);
 }
 

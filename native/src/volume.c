@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "lhb_connection.h"
+#include "lhb_fuse.h"
 #include "lhb_peer.h"
 #include "lhb_queue.h"
 #include "lhb_util.h"
@@ -103,6 +104,7 @@ lhb_volume_close (lhb_volume *volume)
   pthread_mutex_unlock (&volume->lock);
   lhb_connections_close_all (volume);
   resume_all (held, lhb_request_resume_held);
+  lhb_fuse_release_volume (volume);
   pthread_mutex_lock (&volume->lock);
   while (volume->connection_count > 0)
     pthread_cond_wait (&volume->changed, &volume->lock);

@@ -1,7 +1,5 @@
 /* Volume: replicas that stay equal, fail, freeze, wait and close. */
 
-#include <poll.h>
-#include <sys/eventfd.h>
 
 #include "lhb_rig.h"
 
@@ -109,67 +107,6 @@ large_requests_are_moved_in_pieces (void)
                0);
   CHECK (memcmp (data, model + 1, size - 1) == 0);
   free (model);
-  free (data);
-  rig_close (&rig);
-}
-
-/* Wait for the end of a call that went on. */
-static struct lhb_call_result
-next_call (lhb_calls *calls)
-{
-  struct lhb_call_result result;
-  eventfd_t ignored;
-
-  while (lhb_calls_next (calls, &result) == 0)
-    {
-      struct pollfd ready = { .fd = lhb_calls_fd (calls), .events = POLLIN };
-
-      CHECK_EQUAL (poll (&ready, 1, -1), 1);
-      CHECK_EQUAL (eventfd_read (ready.fd, &ignored), 0);
-    }
-  return result;
-}
-
-static void
-calls_end_at_once_or_through_the_eventfd (void)
-{
-  const uint64_t patiently = 60000000000u;
-  struct lhb_call_result result;
-  lhb_calls *calls;
-  struct rig rig;
-  char *data = aligned_alloc (BLOCK, BLOCK), small[8] = { 0 };
-
-  CHECK (data != NULL);
-  rig_open (&rig, LHB_DRIVER_AUTO, 0, 1, BLOCKS);
-  CHECK_EQUAL (lhb_calls_open (0, &calls), -EINVAL);
-  CHECK_EQUAL (lhb_calls_open (LHB_CALLS_MAX + 1, &calls), -EINVAL);
-  CHECK_EQUAL (lhb_calls_open (1, &calls), 0);
-  memset (data, 'w', BLOCK);
-  CHECK_EQUAL (lhb_calls_start (calls, rig.volume, LHB_OP_WRITE,
-                                LHB_CALL_IN_PLACE, BLOCK, BLOCK, data, 1,
-                                patiently),
-               1);
-  CHECK_EQUAL (lhb_calls_start (calls, rig.volume, LHB_OP_WRITE, 0,
-                                BLOCK + 3, 2, "xy", 2, patiently),
-               1);
-  CHECK_EQUAL (lhb_calls_start (calls, rig.volume, LHB_OP_READ,
-                                LHB_CALL_IN_PLACE, BLOCK + 2, 4, small, 3, 0),
-               0);
-  /* The only slot is taken until its end has been told. */
-  CHECK_EQUAL (lhb_calls_start (calls, rig.volume, LHB_OP_FLUSH, 0, 0, 0,
-                                NULL, 4, patiently),
-               -EAGAIN);
-  result = next_call (calls);
-  CHECK_EQUAL (result.tag, 3);
-  CHECK_EQUAL (result.error, 0);
-  CHECK (memcmp (small, "wxyw", 4) == 0);
-  CHECK_EQUAL (lhb_calls_start (calls, rig.volume, LHB_OP_READ, 0, SIZE, 1,
-                                small, 5, patiently),
-               -EINVAL);
-  CHECK_EQUAL (lhb_calls_start (calls, rig.volume, LHB_OP_FLUSH, 0, 0, 0,
-                                NULL, 6, patiently),
-               1);
-  lhb_calls_close (calls);
   free (data);
   rig_close (&rig);
 }
@@ -933,7 +870,6 @@ static const struct lhb_test tests[] = {
   LHB_TEST (every_driver_and_cache_mode_reads_what_was_written),
   LHB_TEST (overlapping_writers_leave_equal_replicas),
   LHB_TEST (large_requests_are_moved_in_pieces),
-  LHB_TEST (calls_end_at_once_or_through_the_eventfd),
   LHB_TEST (wrong_requests_are_refused),
   LHB_TEST (statistics_count_what_was_done),
   LHB_TEST (failed_write_drops_the_replica_and_waits_for_the_fence),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -28,6 +29,10 @@ from tests.live.serving import MIB, Serve, cli, cli_json, requires, serve, tool
 
 pytestmark = [pytest.mark.live, pytest.mark.interop]
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+PUNCH_HOLE = 3  # and keep the size
+ZERO_RANGE = 16
+
 # 15 MiB and 3 blocks, so that the last read of a MiB is short.
 SIZE = 15 * MIB + 3 * 4096
 
@@ -48,6 +53,24 @@ def mounted(tmp_path: Path, mountpoint: Path, *options: str, size: int = SIZE) -
     arguments = ("db", "--size", str(size), "--frontend", "nbd", "--frontend", "fuse")
     with serve(tmp_path / "data", *arguments, "--fuse-dir", str(mountpoint), *options) as served:
         yield served
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    if LIBC.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def extents(fd: int) -> list[tuple[int, int]]:
+    """Where there is data: begin and end."""
+    found: list[tuple[int, int]] = []
+    end = 0
+    with suppress(OSError):  # ENXIO: there is no more
+        while True:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            found.append((start, end))
+    return found
 
 
 def names(directory: Path) -> list[str]:
@@ -116,7 +139,11 @@ def test_random_operations_agree_with_a_model(tmp_path: Path, mountpoint: Path, 
                 length = min(chance.choice([1, 512, 4096, 70000, MIB]), SIZE - offset)
                 if chance.random() < 0.5:
                     offset -= offset % 4096
-                if chance.random() < 0.5:
+                kind = chance.random()
+                if kind < 0.2:
+                    fallocate(fd, PUNCH_HOLE if kind < 0.1 else ZERO_RANGE, offset, length)
+                    model[offset : offset + length] = bytes(length)
+                elif kind < 0.6:
                     data = chance.randbytes(length)
                     assert os.pwrite(fd, data, offset) == length
                     model[offset : offset + length] = data
@@ -126,6 +153,63 @@ def test_random_operations_agree_with_a_model(tmp_path: Path, mountpoint: Path, 
         finally:
             os.close(fd)
         assert (mountpoint / "db" / "volume").read_bytes() == model
+
+
+def test_holes_are_made_and_found(tmp_path: Path, mountpoint: Path) -> None:
+    with mounted(tmp_path, mountpoint) as served:
+        fd = os.open(mountpoint / "db" / "volume", os.O_RDWR)
+        try:
+            os.pwrite(fd, b"x" * 3 * MIB, MIB)
+            cli(served.data_dir, "snapshot", "create", "db", "s1")
+            fallocate(fd, PUNCH_HOLE, 2 * MIB, MIB)
+            assert extents(fd) == [(MIB, 2 * MIB), (3 * MIB, 4 * MIB)]
+            with pytest.raises(OSError, match="not supported"):
+                fallocate(fd, 0, 0, MIB)
+        finally:
+            os.close(fd)
+        fd = os.open(mountpoint / "db" / "snapshots" / "s1", os.O_RDONLY)
+        try:
+            assert extents(fd) == [(MIB, 4 * MIB)]
+        finally:
+            os.close(fd)
+        fd = os.open(mountpoint / "db" / "status.json", os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                os.lseek(fd, 0, os.SEEK_HOLE)
+        finally:
+            os.close(fd)
+        # What one file cannot do is not switched off for the others.
+        copy = tmp_path / "copy"
+        tool("cp", "--sparse=auto", str(mountpoint / "db" / "volume"), str(copy))
+        assert copy.read_bytes() == (mountpoint / "db" / "volume").read_bytes()
+
+
+def test_a_trimmed_file_system_gives_space_back(tmp_path: Path, mountpoint: Path) -> None:
+    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
+        pytest.skip("requires root and loop devices")
+    place = tmp_path / "fs"
+    place.mkdir()
+    with mounted(tmp_path, mountpoint, size=128 * MIB) as served:
+        volume = mountpoint / "db" / "volume"
+        (head,) = served.data_dir.glob("volumes/db/**/volume-head-*.img")
+        device = tool("losetup", "--find", "--show", "--direct-io=on", str(volume)).stdout.strip()
+        try:
+            tool("mkfs.ext4", "-q", device)
+            tool("mount", device, str(place))
+            try:
+                (place / "file").write_bytes(os.urandom(64 * MIB))
+                os.sync()
+                full = head.stat().st_blocks * 512
+                assert full > 64 * MIB
+                (place / "file").unlink()
+                os.sync()  # what the journal may still need is not trimmed
+                tool("fstrim", str(place))
+                assert head.stat().st_blocks * 512 < full - 60 * MIB
+            finally:
+                tool("umount", str(place))
+            tool("e2fsck", "-f", "-n", device)
+        finally:
+            tool("losetup", "--detach", device)
 
 
 def test_fio_verifies_what_it_wrote_with_many_requests_in_flight(

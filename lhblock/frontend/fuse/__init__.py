@@ -7,13 +7,12 @@ volume is it learns through the protocols of ``_volumes``.
 from __future__ import annotations
 
 from lhblock.frontend.fuse._mountpoint import release_mountpoint
-from lhblock.frontend.fuse._session import REQUESTS_MAX, serve_fuse
+from lhblock.frontend.fuse._session import serve_fuse
 from lhblock.frontend.fuse._tree import volume_file
-from lhblock.frontend.fuse._volumes import OpenFile, SnapshotFile, VolumeFiles, Volumes
+from lhblock.frontend.fuse._volumes import Relay, SnapshotFile, VolumeFiles, Volumes
 
 __all__ = [
-    "REQUESTS_MAX",
-    "OpenFile",
+    "Relay",
     "SnapshotFile",
     "VolumeFiles",
     "Volumes",

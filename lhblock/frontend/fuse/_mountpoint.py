@@ -5,17 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import structlog
 import trio
 
 from lhblock.errors import FrontendError
+
+_log = structlog.get_logger("lhblock.frontend.fuse")
 
 # A server that answers does so at once; one that is stuck never does.
 ANSWER_TIMEOUT_S = 5.0
 _UNMOUNT_TIMEOUT_S = 30.0
 _FUSE_DEVICE = "/dev/fuse"
+_OPTIONS = "fsname=lhblock,subtype=lhblock,default_permissions,auto_unmount"
 
 
 async def prepare_mountpoint(directory: Path) -> None:
@@ -37,6 +44,61 @@ async def prepare_mountpoint(directory: Path) -> None:
     if await _is_dead(directory):
         await release_mountpoint(directory)
     await trio.to_thread.run_sync(_check, directory)
+
+
+@asynccontextmanager
+async def mounted(directory: Path) -> AsyncIterator[int]:
+    """Mount for the block, and yield the descriptor of ``/dev/fuse``, which the caller closes.
+
+    ``fusermount3`` stays as long as the mount does: it unmounts when this process has gone, however
+    that happened, because it holds the other end of a socket.
+
+    Raises:
+      FrontendError: fusermount3 refused; its words are in the sentence.
+
+    Cancelled: it is unmounted. Files that are open then answer with errors.
+    """
+    helper, control, kernel_fd = await trio.to_thread.run_sync(_mount, directory)
+    try:
+        yield kernel_fd
+    finally:
+        control.close()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(_wait_helper, helper, directory)
+
+
+def _mount(directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        helper = subprocess.Popen(
+            ["fusermount3", "-o", _OPTIONS, "--", str(directory)],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+    assert helper.stderr is not None
+    with helper.stderr:
+        ours.settimeout(_UNMOUNT_TIMEOUT_S)
+        try:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        except OSError:
+            fds = []
+        if fds:
+            os.set_inheritable(fds[0], False)
+            return helper, ours, fds[0]
+        ours.close()
+        reason = " ".join(helper.stderr.read().decode(errors="replace").split())
+        helper.wait()
+    raise FrontendError(f"cannot mount on {directory}: {reason or 'fusermount3 says nothing'}")
+
+
+def _wait_helper(helper: subprocess.Popen[bytes], directory: Path) -> None:
+    try:
+        helper.wait(_UNMOUNT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        _log.error("fusermount3 does not end", directory=str(directory), pid=helper.pid)
 
 
 async def release_mountpoint(directory: Path) -> None:

@@ -8,11 +8,10 @@ as if there were no holes.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
+import socket
 import stat
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,18 +22,17 @@ import pyfuse3
 import structlog
 import trio
 
-from lhblock.errors import FrontendError, LhblockError, NativeError, VolumeBusy
-from lhblock.frontend.fuse._mountpoint import prepare_mountpoint
+from lhblock.errors import LhblockError, NativeError, VolumeBusy
+from lhblock.frontend.fuse._mountpoint import mounted, prepare_mountpoint
 from lhblock.frontend.fuse._tree import Inodes, Kind, Node, volume_entries
-from lhblock.frontend.fuse._volumes import OpenFile, SnapshotFile, Volumes
+from lhblock.frontend.fuse._volumes import Relay, SnapshotFile, Volumes
 
 _log = structlog.get_logger("lhblock.frontend.fuse")
 
-# Requests in flight at once; the kernel queues what is more.
-REQUESTS_MAX: Final = 64
-_IDLE_WORKERS: Final = 16
-# The largest READ of libfuse 3.
-_READ_BYTES_MAX: Final = 1 << 20
+# Requests that are not I/O of a volume or snapshot; the socket holds what is more.
+_WORKERS_MAX: Final = 16
+_IDLE_WORKERS: Final = 4
+_SOCKET_BYTES: Final = 256 << 10
 # Volumes and snapshots come and go without the kernel being told.
 _NAMES_VALID_S: Final = 1.0
 _BLOCK_BYTES: Final = 4096
@@ -62,37 +60,45 @@ async def serve_fuse(
     """
     await prepare_mountpoint(directory)
     files = _Files(volumes)
-    options = {"fsname=lhblock", "subtype=lhblock", "default_permissions", "auto_unmount"}
-    try:
-        await trio.to_thread.run_sync(pyfuse3.init, files, str(directory), options)
-    except RuntimeError as error:
-        raise FrontendError(f"cannot mount on {directory}: {error}") from error
-    try:
-        async with trio.open_nursery() as nursery:
-            ended = trio.Event()
-            nursery.start_soon(_work, ended)
+    async with mounted(directory) as kernel_fd:
+        server_fd = _start_session(files)
+        async with volumes.open_relay(kernel_fd, server_fd) as relay:
             try:
-                task_status.started()
-                _log.info("mounted", directory=str(directory))
-                await ended.wait()
+                await _serve(directory, relay, task_status)
             finally:
-                if not ended.is_set():
-                    pyfuse3.terminate()
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(pyfuse3.close)
-            still_open = await files.close()
+                with trio.CancelScope(shield=True):
+                    pyfuse3.close(unmount=False)
+                    still_open = await files.close()
     if still_open:
         _log.warning("unmounted with open files", directory=str(directory), files=still_open)
 
 
-async def _work(ended: trio.Event) -> None:
+def _start_session(files: _Files) -> int:
+    """Give pyfuse3 one end of a pair of sockets for ``/dev/fuse``, and return the other."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+    # libfuse takes "/dev/fd/N" for a descriptor that is mounted already, and closes it.
+    theirs.setblocking(False)
+    pyfuse3.init(files, f"/dev/fd/{theirs.detach()}", set())
+    return ours.detach()
+
+
+async def _serve(directory: Path, relay: Relay, task_status: trio.TaskStatus[None]) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_work)
+        try:
+            task_status.started()
+            _log.info("mounted", directory=str(directory))
+            await relay.ended()
+        finally:
+            pyfuse3.terminate()
+
+
+async def _work() -> None:
     # Not cancelled but told to stop, so that no request stays without an answer.
     with trio.CancelScope(shield=True):
-        try:
-            await pyfuse3.main(min_tasks=_IDLE_WORKERS, max_tasks=REQUESTS_MAX)
-        finally:
-            ended.set()
+        await pyfuse3.main(min_tasks=_IDLE_WORKERS, max_tasks=_WORKERS_MAX)
 
 
 @dataclass(eq=False)
@@ -101,9 +107,7 @@ class _Handle:
 
     node: Node
     stack: AsyncExitStack
-    file: OpenFile | None = None
     text: bytes = b""
-    fua: bool = False
 
 
 class _Files(pyfuse3.Operations):
@@ -117,11 +121,6 @@ class _Files(pyfuse3.Operations):
         self._listings: dict[int, Sequence[tuple[str, Node]]] = {}
         self._last_handle = 0
         self._mounted_ns = time.time_ns()
-        # Of the worker that handles a request, because the kernel copies the bytes after the
-        # handler has returned and before the same worker begins with the next one.
-        self._memory: weakref.WeakKeyDictionary[trio.lowlevel.Task, memoryview] = (
-            weakref.WeakKeyDictionary()
-        )
 
     async def close(self) -> int:
         """Close what is open and return how many files that were."""
@@ -206,51 +205,33 @@ class _Files(pyfuse3.Operations):
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         if writes and (node.kind is not Kind.VOLUME or await self._is_read_only(node)):
             raise pyfuse3.FUSEError(errno.EROFS)
-        handle = _Handle(node, AsyncExitStack(), fua=bool(flags & os.O_DSYNC))
+        handle = _Handle(node, AsyncExitStack())
+        self._last_handle = number = self._last_handle + 1
         with _system_errors(node):
             if node.kind is Kind.STATUS:
                 handle.text = await self._volumes.status(node.volume)
             else:
-                opened = self._volumes.open(node.volume, node.snapshot or None)
-                handle.file = await handle.stack.enter_async_context(opened)
-        self._last_handle += 1
-        self._handles[self._last_handle] = handle
+                await handle.stack.enter_async_context(
+                    self._volumes.open(
+                        node.volume,
+                        node.snapshot or None,
+                        handle=number,
+                        writable=writes,
+                        fua=bool(flags & os.O_DSYNC),
+                    )
+                )
+        self._handles[number] = handle
         # Others write to the volume too, and what the kernel kept of it would be out of date.
         is_frozen = node.kind is Kind.SNAPSHOT
-        return pyfuse3.FileInfo(fh=self._last_handle, direct_io=not is_frozen, keep_cache=is_frozen)
+        return pyfuse3.FileInfo(fh=number, direct_io=not is_frozen, keep_cache=is_frozen)
 
-    async def read(  # type: ignore[override]  # any buffer will do
-        self, fh: int, off: int, size: int
-    ) -> bytes | memoryview:
-        handle = self._handles[fh]
-        file = handle.file
-        if file is None:
-            return handle.text[off : off + size]
-        length = min(size, file.size_bytes - off)
-        if length <= 0:
-            return b""
-        memory = self._task_memory(length)
-        with _system_errors(handle.node):
-            await file.read(off, memory)
-        return memory
+    # READ, WRITE, FSYNC, FALLOCATE and LSEEK of volumes and snapshots are the relay's.
 
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        handle = self._handles[fh]
-        file = handle.file
-        assert file is not None
-        room = file.size_bytes - off
-        if room <= 0:
-            raise pyfuse3.FUSEError(errno.ENOSPC)
-        data = buf if len(buf) <= room else memoryview(buf)[:room]
-        with _system_errors(handle.node):
-            await file.write(off, data, fua=handle.fua)
-        return len(data)
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return self._handles[fh].text[off : off + size]
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        handle = self._handles[fh]
-        if handle.file is not None and handle.node.kind is Kind.VOLUME:
-            with _system_errors(handle.node):
-                await handle.file.flush()
+        """Of what can only be read."""
 
     async def flush(self, fh: int) -> None:
         """Nothing is written late, so closing a descriptor has nothing to do."""
@@ -330,14 +311,6 @@ class _Files(pyfuse3.Operations):
         # A volume grows and its status changes; nothing else has attributes that do.
         entry.attr_timeout = 0 if node.kind in (Kind.VOLUME, Kind.STATUS) else _NAMES_VALID_S
         return entry
-
-    def _task_memory(self, length_bytes: int) -> memoryview:
-        task = trio.lowlevel.current_task()
-        memory = self._memory.get(task)
-        if memory is None or len(memory) < length_bytes:
-            memory = memoryview(mmap.mmap(-1, max(length_bytes, _READ_BYTES_MAX)))
-            self._memory[task] = memory
-        return memory[:length_bytes]
 
 
 @contextmanager

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,12 @@ class VolumeFiles:
     snapshots: Sequence[SnapshotFile]
 
 
-class OpenFile(Protocol):
-    """A volume or a snapshot that is open. A failure is an error of ours or an `OSError`."""
+class Relay(Protocol):
+    """A mount whose file I/O is answered elsewhere."""
 
-    @property
-    def size_bytes(self) -> int: ...
-
-    async def read(self, offset_bytes: int, buffer: memoryview) -> None:
-        """Fill block-aligned memory from a range within the file."""
+    async def ended(self) -> None:
+        """Wait until somebody has unmounted it."""
         ...
-
-    async def write(self, offset_bytes: int, data: Buffer, *, fua: bool) -> None: ...
-
-    async def flush(self) -> None: ...
 
 
 class Volumes(Protocol):
@@ -68,8 +59,20 @@ class Volumes(Protocol):
         """
         ...
 
-    def open(self, name: str, snapshot: str | None) -> AbstractAsyncContextManager[OpenFile]:
-        """Open it, or a snapshot of it. Entered and left in different tasks.
+    def open_relay(self, kernel_fd: int, server_fd: int) -> AbstractAsyncContextManager[Relay]:
+        """Stand between ``/dev/fuse`` and the server, and answer I/O of files that are open.
+
+        Args:
+          server_fd: a ``SOCK_SEQPACKET`` socket; its peer is the server's. Both are taken over.
+        """
+        ...
+
+    def open(
+        self, name: str, snapshot: str | None, *, handle: int, writable: bool, fua: bool
+    ) -> AbstractAsyncContextManager[None]:
+        """Open it, or a snapshot of it: the relay answers I/O of `handle` until the block is left.
+
+        Entered and left in different tasks.
 
         Raises:
           VolumeError: it cannot be opened now.
