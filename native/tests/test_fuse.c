@@ -292,6 +292,44 @@ a_volume_that_closes_ends_its_files (void)
   mount_close ();
 }
 
+/* Any numbers in any request about the file: each has an answer, and the volume
+ * is as large as before. */
+static void
+numbers_without_sense_have_answers (void)
+{
+  static const uint32_t opcodes[]
+      = { FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FUSE_FALLOCATE, FUSE_LSEEK };
+  static const uint64_t edges[]
+      = { 0, 1, BLOCK - 1, BLOCK, SIZE - 1, SIZE, SIZE + 1, INT64_MAX,
+          UINT64_MAX, UINT32_MAX, LHB_FUSE_BYTES_MAX };
+  static char payload[4 * BLOCK];
+  uint64_t random = lhb_test_seed;
+
+  mount_open (2);
+  for (int i = 0; i < 3000; i++)
+    {
+      uint64_t words[5] = { HANDLE };
+      uint32_t opcode = opcodes[lhb_test_below (&random, 5)];
+      size_t bytes = 8 * (1 + lhb_test_below (&random, 5));
+      size_t more = bytes == sizeof words && opcode == FUSE_WRITE
+                        ? lhb_test_below (&random, sizeof payload)
+                        : 0;
+      struct fuse_out_header out;
+
+      for (int word = 1; word < 5; word++)
+        words[word] = edges[lhb_test_below (&random, 11)];
+      if (lhb_test_below (&random, 2) != 0)
+        words[2] = more;
+      ask (opcode, words, bytes, payload, more);
+      /* A READ or an FSYNC that is cut off is answered here, too. */
+      CHECK (receive (mount.kernel) >= sizeof out);
+      memcpy (&out, mount.message, sizeof out);
+      CHECK_EQUAL (out.unique, mount.unique);
+    }
+  rig_check_equal (&mount.rig);
+  mount_close ();
+}
+
 /* ---- The server. */
 
 static void
@@ -404,6 +442,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (requests_that_make_no_sense),
   LHB_TEST (a_message_that_is_no_request_ends_the_mount),
   LHB_TEST (a_volume_that_closes_ends_its_files),
+  LHB_TEST (numbers_without_sense_have_answers),
   LHB_TEST (the_rest_is_the_servers),
   LHB_TEST (a_server_that_stalls_loses_nothing),
   LHB_TEST (a_server_that_is_gone_costs_an_error),

@@ -1,6 +1,5 @@
 /* Volume: replicas that stay equal, fail, freeze, wait and close. */
 
-
 #include "lhb_rig.h"
 
 #define BLOCKS 66

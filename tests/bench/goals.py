@@ -34,7 +34,7 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     """The goals whose tables were run."""
     return [
         goal
-        for part in (_peers, _copies, _direct, _plugin, _iscsi, _depth, _idle, _map)
+        for part in (_peers, _copies, _direct, _plugin, _fuse, _iscsi, _depth, _idle, _map)
         for goal in part(document)
     ]
 
@@ -85,6 +85,15 @@ def _plugin(document: Mapping[str, Any]) -> Iterator[Goal]:
     for point in ("randread-4k-1", "randread-4k-32", "randwrite-4k-32"):
         ratio = _iops(table, "lhblock plugin", point) / _iops(table, "nbdkit python", point)
         yield Goal(f"{point}, plugin to a disk in nbdkit's Python", ratio, 1.0)
+
+
+def _fuse(document: Mapping[str, Any]) -> Iterator[Goal]:
+    table = document["matches"].get("fuse")
+    if table is None:
+        return
+    for point in table["lhblock"]:
+        ratio = _iops(table, "lhblock", point) / _iops(table, "pyfuse3 file", point)
+        yield Goal(f"{point}, FUSE to a pass-through on pyfuse3", ratio, 1.0)
 
 
 def _iscsi(document: Mapping[str, Any]) -> Iterator[Goal]:

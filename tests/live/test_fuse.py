@@ -25,7 +25,7 @@ from lhblock.device import (
     mount,
 )
 from lhblock.errors import DeviceBusy, DeviceForeign, NotAttached
-from tests.live.serving import MIB, Serve, cli, cli_json, requires, serve, tool
+from tests.live.serving import MIB, Serve, cli, cli_json, nbdsh, requires, serve, tool
 
 pytestmark = [pytest.mark.live, pytest.mark.interop]
 
@@ -249,6 +249,22 @@ def test_a_killed_server_leaves_no_mount_and_what_was_flushed(
             os.close(fd)
     with mounted(tmp_path, mountpoint):
         assert (mountpoint / "db" / "volume").read_bytes()[4096:4100] == b"kept"
+
+
+def test_an_unmount_by_somebody_else_is_survived(tmp_path: Path, mountpoint: Path) -> None:
+    with mounted(tmp_path, mountpoint) as served:
+        fd = os.open(mountpoint / "db" / "volume", os.O_RDWR)
+        try:
+            tool("fusermount3", "-u", "-z", str(mountpoint))
+            # Whoever has it open goes on until the end.
+            assert os.pwrite(fd, b"kept", 4096) == 4
+        finally:
+            os.close(fd)
+        nbdsh(served.uri(), "assert h.pread(4, 4096) == b'kept'")
+        code, log = served.stop()
+        assert code == 0, log
+        assert "unmounted by somebody else" in log
+    assert not mountpoint.is_mount()
 
 
 def test_a_loop_device_carries_a_file_system(tmp_path: Path, mountpoint: Path) -> None:

@@ -82,11 +82,10 @@ def _mount(directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int
     with helper.stderr:
         ours.settimeout(_UNMOUNT_TIMEOUT_S)
         try:
-            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             fds = []
         if fds:
-            os.set_inheritable(fds[0], False)
             return helper, ours, fds[0]
         ours.close()
         reason = " ".join(helper.stderr.read().decode(errors="replace").split())
