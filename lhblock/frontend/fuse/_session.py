@@ -1,8 +1,7 @@
 """The only importer of pyfuse3: a mount, from the first request to the last.
 
-pyfuse3 has one session in a process, so there is one mount in a process. It has no handler for
-``fallocate`` and none for ``lseek``: the kernel answers the first with EOPNOTSUPP, and the second
-as if there were no holes.
+pyfuse3 has one session in a process, so there is one mount in a process. It answers names and
+attributes; I/O of volumes and snapshots is answered by the relay and never comes here.
 """
 
 from __future__ import annotations
