@@ -4,7 +4,7 @@
     ├ UsageError                      a wrong argument; exit status 2
     ├ NoBackend                       a controller can use no replica; exit status 61
     ├ VolumeError(volume)             something about a volume; exit status 1
-    │   ├ VolumeNotFound · VolumeExists · VolumeBusy · VolumeFaulted · NotServing
+    │   ├ VolumeNotFound · VolumeExists · VolumeBusy · VolumeFaulted · NotServing · NoQuorum
     │   ├ SnapshotNotFound · SnapshotExists · SnapshotBusy · SnapshotLimit
     │   └ SizeError
     ├ ReplicaError(replica)           something about one replica directory
@@ -55,6 +55,10 @@ class VolumeError(LhblockError):
 
 class VolumeNotFound(VolumeError):
     """No volume of this name is recorded in the data directory."""
+
+
+class NoQuorum(VolumeError):
+    """Too few of its replicas are there to know that no other one is newer, or in use elsewhere."""
 
 
 class VolumeExists(VolumeError):

@@ -96,6 +96,17 @@ _BACKENDS = ("tcp", "file")
     "--rebuild-rate", type=int, metavar="MIB_S", help="MiB a second at most for rebuilding."
 )
 @click.option("--rebuild-streams", type=int, metavar="N", help="Pieces copied at a time, 1-8.")
+@click.option(
+    "--quorum-wait",
+    type=float,
+    metavar="SECONDS",
+    help="How long I/O waits for a majority of the replicas that was lost at once.  [default: 30]",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Open with too few replicas to know that none is newer; what only others have is lost.",
+)
 @click.option("--no-rebuild", is_flag=True, help="Leave replicas that were away alone.")
 @identity_options
 @common_options
@@ -119,6 +130,7 @@ def controller(
     no_rebuild: bool,
     iscsi_allow: tuple[str, ...],
     iscsi_shared: bool,
+    force: bool,
     **options: Any,
 ) -> None:
     """Run the engine of VOLUME, with replicas in other processes, until SIGINT or SIGTERM.
@@ -168,6 +180,7 @@ def controller(
         replica_timeout=engine_replica_timeout if engine_replica_timeout >= 1 else _TIMEOUT_S,
         rebuild=False if no_rebuild else None,
         connections_max=max_connections,
+        force=True if force else None,
         **options,
     )
     limits = {}

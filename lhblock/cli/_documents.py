@@ -18,6 +18,16 @@ def client_document(message: Any) -> dict[str, Any]:
     return {"peer": message.peer, "export": message.export, "since": message.since}
 
 
+def membership_document(message: Any) -> dict[str, Any]:
+    return {
+        "generation": message.generation,
+        "time": message.time,
+        "reason": message.reason,
+        "members": message.members,
+        "left": message.left,
+    }
+
+
 def job_document(message: Any) -> dict[str, Any]:
     return {
         "id": message.id or None,

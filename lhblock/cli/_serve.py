@@ -136,6 +136,17 @@ _SHOWN_VOLUMES_MAX = 20
     metavar="SECONDS",
     help="What a replica of another process may take for a request, 1-3600.  [default: 8]",
 )
+@click.option(
+    "--quorum-wait",
+    type=float,
+    metavar="SECONDS",
+    help="How long I/O waits for a majority of the replicas that was lost at once.  [default: 30]",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Open with too few replicas to know that none is newer; what only others have is lost.",
+)
 @click.option("--stdio", is_flag=True, help="Serve one client on standard input and output.")
 @common_options
 def serve(
@@ -146,6 +157,7 @@ def serve(
     no_tcp: bool,
     no_rebuild: bool,
     read_only: bool,
+    force: bool,
     stdio: bool,
     tls_verify_clients: bool,
     replica: tuple[str, ...],
@@ -189,6 +201,7 @@ def serve(
         tcp=False if no_tcp else None,
         rebuild=False if no_rebuild else None,
         read_only=True if read_only else None,
+        force=True if force else None,
         tls_verify_clients=True if tls_verify_clients else None,
         connections_max=max_connections,
         **options,

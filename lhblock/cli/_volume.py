@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lhblock.instance import Registry, ReplicaRecord, VolumeRecord
 
 SIZE = SizeType()
+_HISTORY_SHOWN = 5
 
 
 @click.group()
@@ -261,6 +262,7 @@ def _document(record: VolumeRecord, status: Any, *, served: bool) -> dict[str, A
     from lhblock.cli._documents import (
         client_document,
         job_document,
+        membership_document,
         numbers,
         rebuild_document,
     )
@@ -288,6 +290,7 @@ def _document(record: VolumeRecord, status: Any, *, served: bool) -> dict[str, A
             }
             for item in status.replicas
         ],
+        "history": [membership_document(item) for item in status.history],
         "clients": [client_document(item) for item in status.clients],
         "statistics": numbers(status.statistics),
         "jobs": [job_document(item) for item in status.jobs],
@@ -318,6 +321,12 @@ def _print_info(document: dict[str, Any]) -> None:
         fields.append(("replica", f"{item['mode']}  {where}"))
         if item["rebuild"]:
             fields.append(("rebuild", describe_rebuild(item["rebuild"])))
+    for item in document["history"][-_HISTORY_SHOWN:]:
+        left = f", {counted(item['left'], 'replica')} left behind" if item["left"] else ""
+        members = counted(item["members"], "member")
+        fields.append(
+            ("history", f"{item['time']}  {item['generation']}: {members}{left}, {item['reason']}")
+        )
     fields.extend(
         ("client", f"{item['peer']}  {item['export']}  since {item['since']}")
         for item in document["clients"]

@@ -122,6 +122,10 @@ class VolumeConfig:
       limits: of the snapshots.
       rebuild: how replicas are rebuilt.
       remote: how long to wait for replica processes.
+      quorum_wait_s: how long I/O waits for lost replicas of a volume of three and more when a
+        majority is lost at once.
+      force: open it although too few replicas are there to know that they are the newest; what
+        the others have that these have not is given up.
 
     Raises:
       UsageError: a value that cannot be.
@@ -135,6 +139,8 @@ class VolumeConfig:
     limits: SnapshotLimits = field(default_factory=SnapshotLimits)
     rebuild: RebuildOptions = field(default_factory=RebuildOptions)
     remote: RemoteLimits = field(default_factory=RemoteLimits)
+    quorum_wait_s: float = 30.0
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_volume_name(self.name)

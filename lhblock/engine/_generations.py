@@ -10,7 +10,7 @@ from lhblock.replica import Generation, supersede
 
 
 def leave_behind(
-    survivors: Sequence[Member], left: Collection[str], reason: str
+    survivors: Sequence[Member], left: Collection[str], reason: str, *, joined: Collection[str] = ()
 ) -> dict[Member, Generation]:
     """The generation that each survivor has to make durable before ``left`` counts as stale.
 
@@ -18,9 +18,10 @@ def leave_behind(
       survivors: members that go on; all hold the same generation.
       left: replica ids.
       reason: kept in the history, for people.
+      joined: replica ids of survivors that were left behind before and are believed again.
     """
     present = [member.generation for member in survivors]
-    made = supersede(present, left=left, reason=reason, time=utc_now())
+    made = supersede(present, left=left, joined=joined, reason=reason, time=utc_now())
     return dict(zip(survivors, made, strict=True))
 
 

@@ -120,6 +120,11 @@ class Member(ABC):
     # ---- What is known of it without asking.
 
     @property
+    @abstractmethod
+    def exclusive(self) -> bool:
+        """Nobody else can open it while this process lives, whatever else fails."""
+
+    @property
     def key(self) -> str:
         """What two spellings of one address have in common."""
         return self.address
@@ -287,6 +292,20 @@ class Member(ABC):
     @abstractmethod
     def write_generation(self, generation: Generation) -> None:
         """See ``ReplicaDirectory.write_generation``."""
+
+    def leave_behind(self, generation: Generation) -> None:
+        """Record on a member that was lost, and may be there again, that it is left behind.
+
+        Only of those that are not ``exclusive``. Its session, if there is one, ends with it.
+
+        Args:
+          generation: of the members that go on; this one is none of them.
+
+        Raises:
+          ReplicaLocked, ReplicaStale: another engine has taken it.
+          ReplicaError: it is not there.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def note_repaired(self) -> None:

@@ -32,6 +32,7 @@ from lhblock.engine._target import probe
 from lhblock.engine._threads import run_metadata
 from lhblock.errors import (
     LhblockError,
+    NoQuorum,
     ReplicaError,
     ReplicaLocked,
     ReplicaUnsupported,
@@ -42,10 +43,12 @@ from lhblock.errors import (
 from lhblock.replica import (
     OPENED,
     UNSERVED,
+    Choice,
     Generation,
     ReplicaDirectory,
     choose,
     new_set,
+    quorum,
 )
 from lhblock.settings import RemoteAddress
 
@@ -138,6 +141,7 @@ class Opening:
         self._config = config
         self.maker = Members(engine, config)
         self.members: list[Member] = []
+        self._committed: Sequence[str] = ()
 
     @property
     def _usable(self) -> list[Member]:
@@ -146,13 +150,14 @@ class Opening:
     async def open(self) -> list[Member]:
         """Open everything; the members come back in configured order, usable ones with stores.
 
-        Raises:
-          VolumeFaulted: no replica is usable.
-          VolumeBusy: a replica is open elsewhere.
-          SizeError: the replicas have another size than was asked for.
-          ReplicaError: the replicas contradict each other and the user has to choose.
+          Raises:
+            VolumeFaulted: no replica is usable.
+        NoQuorum: too few are to know that no other one is newer.
+            VolumeBusy: a replica is open elsewhere.
+            SizeError: the replicas have another size than was asked for.
+            ReplicaError: the replicas contradict each other and the user has to choose.
 
-        Cancelled: not while something is being changed; everything is closed again.
+          Cancelled: not while something is being changed; everything is closed again.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
@@ -255,10 +260,20 @@ class Opening:
                 "beside replicas that do; open the volume without it",
             )
         choice = choose([member.records for member in candidates])
+        if not choice.newest:
+            choice = self._choose_left_behind(candidates, choice)
         lagging = [candidates[index] for index in choice.lagging]
         newest = [candidates[index] for index in choice.newest]
         for stale in choice.stale:
             await self._leave(candidates[stale.index], f"is stale: {stale.reason}")
+        if choice.doubt and not self._config.force:
+            raise NoQuorum(
+                self._config.name,
+                f"{choice.doubt}; bring the others back, or give --force to go on without them and "
+                "lose what only they have",
+            )
+        self._require_quorum(newest + lagging, choice.members)
+        self._committed = choice.members
         # The newest come first, because the first one is the source where data differs; among them
         # those that were closed cleanly, because then everything had been synced.
         newest.sort(key=lambda member: member.records.was_dirty)
@@ -279,6 +294,70 @@ class Opening:
             )
             await self._each(lambda m: m.write_generation(generations[m]))
         return bool(written or lagging)
+
+    def _choose_left_behind(self, candidates: list[Member], choice: Choice) -> Choice:
+        """What to believe where only replicas are that were left behind, if one may."""
+        reasons = "; ".join(
+            f"{candidates[each.index].address} {each.reason}" for each in choice.stale
+        )
+        if not self._config.force:
+            raise NoQuorum(
+                self._config.name,
+                f"only replicas that were left behind are there ({reasons}); start those that "
+                "have what these missed, or give --force to serve without it",
+            )
+        counters = [member.generation.counter for member in candidates]
+        newest = tuple(i for i, each in enumerate(counters) if each == max(counters))
+        log.warning("replicas that were left behind are believed, by force", reason=reasons)
+        stale = tuple(each for each in choice.stale if each.index not in newest)
+        return Choice(newest, (), stale)
+
+    def _require_quorum(self, believed: Sequence[Member], members: Sequence[str]) -> None:
+        """Refuse a minority: the others may be newer, or in use.
+
+        Args:
+          members: replica ids of whom enough have to be there; none: it is not known yet.
+
+        Raises:
+          NoQuorum
+        """
+        if not members or self._config.force:
+            return
+        there = {
+            member.records.generation.replica_id
+            for member in believed
+            if member.records.generation is not None
+        }.intersection(members)
+        count, needed = len(members), quorum(len(members))
+        if len(there) < needed:
+            missing = "; ".join(
+                f"{member.address}: {member.error}"
+                for member in self.members
+                if member not in believed
+            )
+            raise NoQuorum(
+                self._config.name,
+                f"{len(there)} of its {count} replicas can be used, and {needed} are needed, "
+                "because the others may have newer writes or be in use elsewhere "
+                f"({missing or 'they are not configured'}); bring them back, or give --force to "
+                "go on without them and lose what only they have",
+            )
+        if len(there) == 1 and count == 2 and not self._config.read_only:
+            log.warning(
+                "one of two replicas is served; nothing keeps the other from being served alone, "
+                "three would",
+                volume=self._config.name,
+            )
+
+    def _require_agreement(self, committed: Sequence[str]) -> None:
+        there = {member.generation.replica_id for member in self._usable}.intersection(committed)
+        needed = quorum(len(committed))
+        if len(there) < needed and not self._config.force:
+            raise NoQuorum(
+                self._config.name,
+                f"{len(there)} of {len(committed)} replicas are left while it is opened, {needed} "
+                "are needed; open it again",
+            )
 
     async def _agree(self, written: bool) -> None:
         usable = [member for member in self._order if member.state is MemberState.USABLE]
@@ -425,13 +504,25 @@ class Opening:
             missing = [member for member in best.members if member not in present]
             if not missing and len(usable) == 1 and best.counter != UNSERVED:
                 return
+            # What fewer than enough members have does not count, as if it had not been written.
+            committed = self._committed or best.members
+            self._committed = committed
+            self._require_agreement(committed)
             reason = "missing when the volume was opened" if missing else OPENED
-            made = leave_behind(usable, missing, reason)
+            if missing and self._config.force:
+                reason += f", by force with {len(usable)} of {len(best.members)}"
+            again = [member for member in present if member not in best.members]
+            made = leave_behind(usable, missing, reason, joined=again)
+            if self._config.force:
+                made = {m: each.with_agreement(self._committed) for m, each in made.items()}
 
             def write(member: Member, made: dict[Member, Generation] = made) -> None:
                 member.write_generation(made[member])
 
             await self._each(write)
+            have = {member.generation.replica_id for member in self._usable}
+            if len(have.intersection(committed)) >= quorum(len(committed)):
+                self._committed = next(iter(made.values())).members
             if len(self._usable) == len(usable):
                 if missing:
                     log.warning(

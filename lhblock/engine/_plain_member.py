@@ -75,6 +75,10 @@ class PlainMember(Member):
     # ---- What is known of it without asking.
 
     @property
+    def exclusive(self) -> bool:
+        return True  # or not: nothing that it keeps would tell
+
+    @property
     def opened(self) -> bool:
         return self._records is not None
 

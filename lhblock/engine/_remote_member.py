@@ -97,6 +97,10 @@ class RemoteMember(Member):
         self._lock = threading.Lock()  # for what is known
 
     @property
+    def exclusive(self) -> bool:
+        return False
+
+    @property
     def opened(self) -> bool:
         return self._records is not None
 
@@ -271,6 +275,14 @@ class RemoteMember(Member):
     def write_generation(self, generation: Generation) -> None:
         self._quick("WriteGeneration", pb.PeerGeneration(generation=generation.encode()))
         self._note(generation=replace(generation, head=None))
+
+    def leave_behind(self, generation: Generation) -> None:
+        # The connection that was lost may not know that the process is there again.
+        client = PeerClient(self.place, self._identity, self._limits, self._volume)
+        try:
+            client.call("LeaveBehind", pb.PeerGeneration(generation=generation.encode()))
+        finally:
+            client.close()
 
     def note_repaired(self) -> None:
         self._quick("NoteRepaired")

@@ -6,6 +6,10 @@ replicas left behind, to stable storage of all that go on; only then is C told t
 replica on which that write fails is left behind as well and the fence starts over with a newer
 generation. The last one is never left behind by Python, as it is not by C: it answers errors.
 
+Promise 5 too, as far as it concerns a volume that is open: when a majority of three and more is
+lost at once, another engine may have it. Then nothing is acknowledged until enough of the lost ones
+have recorded that they are left behind. ``docs/internals/remote-replicas.md`` has the argument.
+
 Three locks, always taken in this order when more than one is needed: the volume's structure lock
 (not here), the freeze lock, the fence lock. A fence never waits for the first two, because whoever
 holds them may be waiting for I/O that waits for the fence.
@@ -14,7 +18,7 @@ holds them may be waiting for I/O that waits for the fence.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final, TypeVar
@@ -30,16 +34,21 @@ from lhblock.engine._threads import run_fence, run_metadata
 from lhblock.errors import (
     LhblockError,
     NativeError,
+    NoQuorum,
     NotServing,
     ReplicaIO,
+    ReplicaLocked,
+    ReplicaStale,
     VolumeBusy,
     VolumeFaulted,
 )
-from lhblock.replica import Generation
+from lhblock.replica import Generation, HistoryEntry, quorum
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+_QUORUM_POLL_S: Final = 0.5
 
 _MODES: Final[Mapping[MemberState, ReplicaMode]] = {
     MemberState.USABLE: "RW",
@@ -57,6 +66,7 @@ class ReplicaSet:
       read_only: nothing can be missed, so a fence has nothing to write down.
       deliver_events: brings events that wait in the ring to :meth:`note_failure`.
       on_left: called when a member has become ``LEFT``.
+      quorum_wait_s: how long acknowledgements wait for a majority that was lost at once.
       on_faulted: called once, when no replica is left that acknowledgements could rest on.
     """
 
@@ -70,12 +80,18 @@ class ReplicaSet:
         deliver_events: Callable[[], None],
         on_faulted: Callable[[], None],
         on_left: Callable[[], None] = lambda: None,
+        quorum_wait_s: float = 30.0,
     ) -> None:
         self._name = name
         self._native = native
         self._deliver_events = deliver_events
         self._on_faulted = on_faulted
         self._on_left = on_left
+        self._quorum_wait_s = quorum_wait_s
+        self._ending = trio.Event()
+        # Of the last generation that enough members of the one before have: what a fence that
+        # reached fewer says does not count.
+        self._committed: frozenset[str] = frozenset()
         self._fence_lock = trio.Lock()
         self._freeze_lock = trio.Lock()
         self._published: list[tuple[Store, StoreMode]] = []
@@ -85,6 +101,8 @@ class ReplicaSet:
         self.members = list(members)
         for member in self.members:
             member.serve(native)
+        if self.usable and self.usable[0].records.generation is not None:
+            self._committed = frozenset(self.usable[0].generation.members)
         self.failures = 0
         self.pause_ns_last = 0
 
@@ -102,6 +120,11 @@ class ReplicaSet:
         """
         self.check()
         return self.usable[0]
+
+    @property
+    def history(self) -> tuple[HistoryEntry, ...]:
+        """Generations that changed the members, oldest first; empty once none is usable."""
+        return self.usable[0].generation.history if self.usable else ()
 
     @property
     def state(self) -> VolumeState:
@@ -209,14 +232,27 @@ class ReplicaSet:
                 joined = member.generation.replica_id
                 made = let_in(survivors, [joined], f"{member.name} was rebuilt")
                 await self._write_generations(survivors, made)
+                if joined not in self._committed:
+                    raise ReplicaIO(member.address, "too few replicas agree to it as a member")
                 await self._give_generation(member)
             await self.fence()
             self.check()
 
+    def _agreed(self, replica_ids: Collection[str]) -> bool:
+        """Whether these are enough members for what they have to count."""
+        return len(self._committed.intersection(replica_ids)) >= quorum(len(self._committed))
+
     async def _write_generations(
-        self, members: Sequence[Member], made: Mapping[Member, Generation]
+        self,
+        members: Sequence[Member],
+        made: Mapping[Member, Generation],
+        *,
+        agreed: Collection[str] = (),
     ) -> bool:
         """Whether all have it now; the others are failing, unless that is all of them.
+
+        Args:
+          agreed: replica ids of others that agree to it.
 
         Raises:
           ReplicaIO: none has it.
@@ -237,6 +273,9 @@ class ReplicaSet:
             raise ReplicaIO(
                 first.address, f"cannot record a new generation: {sentence(errors[first])}"
             )
+        have = {member.generation.replica_id for member in members if member not in errors}
+        if self._agreed(have.union(agreed)):
+            self._committed = frozenset(next(iter(made.values())).members)
         for member, error in errors.items():
             self.note_failure(member, f"cannot record a new generation: {sentence(error)}")
         return not errors
@@ -377,6 +416,55 @@ class ReplicaSet:
     def _failing(self) -> list[Member]:
         return [member for member in self.members if member.state is MemberState.FAILING]
 
+    def stop_waiting(self) -> None:
+        """The volume is closed soon: what waits for a quorum is not acknowledged any more."""
+        self._ending.set()
+
+    async def _agreement(
+        self, survivors: Sequence[Member], failing: Sequence[Member], made: Generation
+    ) -> frozenset[str]:
+        """Wait until enough members agree to the next generation.
+
+        Survivors do, if they record it, which comes after this; so do those whose directories
+        nobody else can open. Others have to record it.
+
+        Returns:
+          The replica ids of those that agree and are no survivors.
+
+        Raises:
+          NoQuorum: why there is no agreement.
+        """
+        going_on = {member.generation.replica_id for member in survivors}
+        agreed = {each.generation.replica_id for each in failing if each.exclusive and each.opened}
+        if self._agreed(going_on | agreed):
+            return frozenset(agreed)
+        count = len(self._committed)
+        said = f"{len(survivors)} of {count} replicas are left, {quorum(count)} are needed"
+        log.error("quorum lost, acknowledgements wait", volume=self._name, reason=said)
+        lost = {each.generation.replica_id: each for each in failing if each.opened}
+        with trio.move_on_after(self._quorum_wait_s):
+            while not self._ending.is_set():
+                for replica_id in lost.keys() - agreed:
+                    try:
+                        await run_fence(lost[replica_id].leave_behind, made)
+                    except (ReplicaLocked, ReplicaStale) as error:
+                        raise NoQuorum(self._name, str(error)) from error
+                    except (LhblockError, OSError) as error:
+                        log.info("asked for its agreement", reason=str(error))
+                        continue
+                    agreed.add(replica_id)
+                if self._agreed(going_on | agreed):
+                    for member in survivors:
+                        if member.state is not MemberState.USABLE:
+                            raise NoQuorum(self._name, f"{member.address} failed meanwhile, too")
+                    return frozenset(agreed)
+                with trio.move_on_after(_QUORUM_POLL_S):
+                    await self._ending.wait()
+        raise NoQuorum(
+            self._name,
+            f"{said}, and the others did not come back within {self._quorum_wait_s:g} s",
+        )
+
     async def _name_left_behind(self, failing: list[Member]) -> bool:
         survivors = self.usable
         generations = leave_behind(
@@ -385,12 +473,18 @@ class ReplicaSet:
             "; ".join(f"{member.name}: {member.error}" for member in failing),
         )
         try:
-            return await self._write_generations(survivors, generations)
+            made = next(iter(generations.values()))
+            agreed = await self._agreement(survivors, failing, made)
+            generations = {m: each.with_agreement(agreed) for m, each in generations.items()}
+            return await self._write_generations(survivors, generations, agreed=agreed)
+        except NoQuorum as error:
+            if not self._ending.is_set():
+                self.fault(error.sentence)
         except ReplicaIO as error:
             self.fault(f"no replica could record that another one failed: {error}")
-            for member in failing:
-                member.state = MemberState.LEFT  # its acknowledgements are never released
-            return False
+        for member in failing:
+            member.state = MemberState.LEFT  # its acknowledgements are never released
+        return False
 
     def _track_withdrawn(self) -> None:
         # The core tracks what it drops by itself. Frozen: nothing is changed meanwhile.

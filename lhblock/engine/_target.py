@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lhblock._native import probe_fiemap
 from lhblock.errors import ReplicaForeign, ReplicaStale, ReplicaUnsupported
-from lhblock.replica import UNSERVED, Generation, ReplicaDirectory, has_room
+from lhblock.replica import UNSERVED, Generation, ReplicaDirectory, has_room, never_counted
 
 
 def probe(fd: int) -> int:
@@ -120,6 +120,8 @@ def _refuse(directory: ReplicaDirectory, theirs: Generation, others: Sequence[st
         theirs.replica_id in entry.left and theirs.knows(entry.counter, entry.uuid) is not True
         for entry in generation.history
     )
+    if never_counted(generation, theirs):
+        return  # nobody was told either
     if apart or theirs.knows(generation.counter, generation.generation) is not True:
         raise ReplicaStale(
             directory.path,

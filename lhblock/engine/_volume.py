@@ -43,6 +43,7 @@ from lhblock.errors import LhblockError, NativeError, ReplicaError, UsageError, 
 
 if TYPE_CHECKING:
     from lhblock.engine._engine import Engine
+from lhblock.replica import HistoryEntry
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +85,7 @@ class Volume(Device):
             deliver_events=engine.deliver_events,
             on_faulted=self.close_connections,
             on_left=lambda: self._rebuilder.member_left(),
+            quorum_wait_s=config.quorum_wait_s,
         )
         self._snapshots = SnapshotTree(
             config.name,
@@ -135,6 +137,11 @@ class Volume(Device):
           VolumeFaulted: no replica is left.
         """
         return self._replicas.first.generation.volume_id
+
+    @property
+    def history(self) -> tuple[HistoryEntry, ...]:
+        """How its members changed, oldest first, as far as it is kept."""
+        return self._replicas.history
 
     @property
     def limits(self) -> SnapshotLimits:
@@ -555,6 +562,7 @@ class Volume(Device):
             self._nursery.start_soon(self._rebuilder.run)
 
     async def _close_native(self) -> None:
+        self._replicas.stop_waiting()
         # A merge step uses the native volume from a thread of its own: it ends first.
         if not self.read_only:
             await self._rebuilder.stop()

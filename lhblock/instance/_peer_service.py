@@ -7,7 +7,7 @@ is checked before it becomes a file name or an offset; the order of calls is the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -31,7 +31,7 @@ from lhblock.engine import (
     run_fence,
     wire,
 )
-from lhblock.errors import LhblockError, ReplicaIO, ReplicaLocked, UsageError
+from lhblock.errors import LhblockError, ReplicaIO, ReplicaLocked, ReplicaStale, UsageError
 from lhblock.instance._replica import Replica
 from lhblock.replica import Generation, MalformedError, RebuildProgress, snapshot_of
 from lhblock.rpc import Call, CallFailed, Handler, Handlers
@@ -171,6 +171,7 @@ class PeerService:
             "MakeTarget": self._make_target,
             "OpenTarget": self._open_target,
             "Close": self._close,
+            "LeaveBehind": self._leave_behind,
             "OpenStore": self._open_store,
             "ReopenStore": self._reopen_store,
             "OpenView": self._open_view,
@@ -316,6 +317,34 @@ class PeerService:
             )
 
         return await self._host(call, open_target, False)
+
+    async def _leave_behind(self, request: pb.PeerGeneration, call: Call) -> Message:
+        theirs = Generation.parse(request.generation)
+
+        def record(member: LocalMember) -> None:
+            member.open()
+            try:
+                generation = member.records.generation
+                if (
+                    generation is None
+                    or generation.volume_id != theirs.volume_id
+                    or theirs.knows(generation.counter, generation.generation) is not True
+                ):
+                    raise ReplicaStale(member.path, "another engine has opened it since")
+                if generation.generation != theirs.generation:
+                    member.write_generation(replace(theirs, replica_id=generation.replica_id))
+            finally:
+                member.close(clean=False)
+
+        async with self._replica.lock:
+            hosted = self._replica.hosted
+            if hosted is not None and hosted.engine_id != self._engine_id(call):
+                raise ReplicaLocked(
+                    self._replica.path, f"engine {hosted.engine_id} has opened it since"
+                )
+            await self._replica.end_hosting(lambda member: member.close(clean=False))
+            await self._replica.with_member(record)
+        return Empty()
 
     async def _host(
         self, call: Call, open_member: Callable[[LocalMember], None], read_only: bool

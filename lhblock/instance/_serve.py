@@ -371,6 +371,8 @@ async def open_recorded(
                 reply_timeout_ms=round(settings.replica_timeout * 1000),
                 call_timeout_s=settings.replica_timeout,
             ),
+            quorum_wait_s=settings.quorum_wait,
+            force=settings.force,
         )
     )
     await served.refresh_record(process.registry)

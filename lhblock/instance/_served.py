@@ -117,6 +117,8 @@ async def open_served(
     read_only: bool = False,
     rebuild: RebuildOptions | None = None,
     remote: RemoteLimits | None = None,
+    quorum_wait_s: float = 30.0,
+    force: bool = False,
 ) -> AsyncIterator[ServedVolume]:
     """Open a recorded volume for as long as the block lasts. Jobs end with it.
 
@@ -134,6 +136,8 @@ async def open_served(
         ),
         rebuild=rebuild or RebuildOptions(),
         remote=remote or RemoteLimits(),
+        quorum_wait_s=quorum_wait_s,
+        force=force,
     )
     async with engine.open_volume(config) as volume:
         failure: Exception | None = None

@@ -54,6 +54,8 @@ class ServeSettings(BaseSettings):
       rebuild_rate: MiB a second at most for a rebuild; 0 is no limit.
       rebuild_streams: units of a rebuild under way at a time.
       replica: directories of a new volume, or addresses; none means the default one.
+      quorum_wait: seconds that I/O waits for a majority of the replicas that was lost at once.
+      force: open volumes although too few of their replicas are there.
       replica_timeout: seconds that a replica of another process may take for a request.
     """
 
@@ -89,6 +91,8 @@ class ServeSettings(BaseSettings):
     iscsi_backing: Literal["auto", "module", "fuse"] = "auto"
     replica: Annotated[tuple[str, ...], NoDecode] = ()
     replica_timeout: Annotated[float, Field(ge=1, le=3600)] = 8.0
+    quorum_wait: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    force: bool = False
 
 
 def serve_settings(**options: Any) -> ServeSettings:

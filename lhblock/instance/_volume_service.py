@@ -92,6 +92,16 @@ class VolumeService:
             statistics=_statistics(volume.statistics()),
             jobs=[*_merges(volume.jobs()), *served.jobs.messages()],
             merges_pending=_pending(served),
+            history=[
+                pb.Membership(
+                    generation=entry.counter,
+                    time=entry.time,
+                    reason=entry.reason,
+                    members=len(entry.members),
+                    left=len(entry.left),
+                )
+                for entry in volume.history
+            ],
             version=__version__,
             clients=[
                 pb.Client(

@@ -23,7 +23,9 @@ from lhblock.replica._generation import (
     HistoryEntry,
     Stale,
     choose,
+    never_counted,
     new_set,
+    quorum,
     supersede,
 )
 from lhblock.replica._lock import lock_holder
@@ -81,9 +83,11 @@ __all__ = [
     "is_head",
     "is_image",
     "lock_holder",
+    "never_counted",
     "new_set",
     "next_head",
     "peek",
+    "quorum",
     "read_checksum",
     "snapshot_image",
     "snapshot_of",

@@ -17,6 +17,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 from lhblock.errors import ReplicaForeign, ReplicaStale
@@ -67,7 +68,11 @@ class HeadFingerprint:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One generation that was: the last entry is the present one."""
+    """One generation that was: the last entry is the present one.
+
+    ``agreed`` are members of the one before that are not among those that go on, and that agreed
+    to it all the same: a generation counts once enough of the members before it have it or agreed.
+    """
 
     counter: int
     uuid: str
@@ -75,6 +80,7 @@ class HistoryEntry:
     reason: str
     members: tuple[str, ...]
     left: tuple[str, ...]
+    agreed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,11 @@ class Generation:
             written_elsewhere=_text(payload["written_elsewhere"]),
         )
 
+    def with_agreement(self, agreed: Collection[str]) -> Generation:
+        """The same, saying who agreed to it beside those that have it."""
+        last = replace(self.history[-1], agreed=tuple(sorted(agreed)))
+        return replace(self, history=(*self.history[:-1], last))
+
     def knows(self, counter: int, generation: str) -> bool | None:
         """Whether that generation came before this one; None when it is too long ago to tell."""
         for entry in self.history:
@@ -186,7 +197,15 @@ def _history_entry(value: Mapping[str, Any]) -> HistoryEntry:
         reason=_text(value["reason"]),
         members=_several(value["members"], _uuid, MEMBERS_MAX),
         left=_several(value["left"], _uuid, MEMBERS_MAX),
+        agreed=_several(value.get("agreed", []), _uuid, MEMBERS_MAX),
     )
+
+
+def quorum(members: int) -> int:
+    """How many of a generation's members have to be there, for a volume to be opened or to go on
+    without the others: the majority of three and more, so that any two such sets have one in
+    common. One of one and two, where a majority would be all of them."""
+    return members // 2 + 1 if members > 2 else 1
 
 
 def new_set(count: int, *, time: str, counter: int = 1) -> tuple[Generation, ...]:
@@ -285,12 +304,16 @@ class Choice:
 
     ``newest`` have every acknowledged write. ``lagging`` have them too, but a fence that was under
     way at the crash did not reach them: they count as members and are to be made equal to a newest
-    one before use. ``stale`` lack writes.
+    one before use. ``members`` are those of whom a quorum is needed. ``stale`` lack writes; it may
+    be all of them, when those that have the writes are not there. ``doubt`` says why it cannot be
+    known which generation counts; "" if it can.
     """
 
     newest: tuple[int, ...]
     lagging: tuple[int, ...]
     stale: tuple[Stale, ...]
+    members: tuple[str, ...] = ()
+    doubt: str = ""
 
 
 def choose(candidates: Sequence[Candidate]) -> Choice:
@@ -308,11 +331,26 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
         _refuse_partly_written(candidates, range(len(candidates)))
         return Choice(tuple(range(len(candidates))), (), ())
     _refuse_strangers(candidates, present)
-    best = max((generation for _, generation in present), key=lambda each: each.counter)
+    generations = [generation for _, generation in present]
+    # One that recorded that others go on without it does not speak for them.
+    own = [each for each in generations if each.replica_id in each.members]
+    best = max(own or generations, key=lambda each: each.counter)
+    for generation in own:
+        if _went_apart(best, generation) and _has_counted(generation, best, generations):
+            best = generation
+    members, doubt = _counting_members(best, generations)
     newest: list[int] = []
     lagging: list[int] = []
     stale: list[Stale] = []
     for index, generation in present:
+        if generation.replica_id not in generation.members:
+            reason = f"generation {generation.counter} goes on without it"
+            stale.append(Stale(index, reason + _when_left(generation, generation.replica_id)))
+            continue
+        if _went_apart(best, generation) and never_counted(generation, best):
+            reason = f"its generation {generation.counter} was agreed to by too few to count"
+            stale.append(Stale(index, reason))
+            continue
         if _went_apart(best, generation):
             other = next(i for i, each in present if each is best)
             raise ReplicaStale(
@@ -323,7 +361,7 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
             )
         if generation.counter == best.counter:
             newest.append(index)
-        elif generation.counter == best.counter - 1 and generation.replica_id in best.members:
+        elif generation.counter == best.counter - 1 and generation.replica_id in members:
             lagging.append(index)
         else:
             stale.append(
@@ -334,7 +372,71 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
                 )
             )
     _refuse_partly_written(candidates, newest)
-    return Choice(tuple(newest), tuple(lagging), tuple(stale))
+    return Choice(tuple(newest), tuple(lagging), tuple(stale), members, doubt)
+
+
+def _counting_members(
+    best: Generation, present: Sequence[Generation]
+) -> tuple[tuple[str, ...], str]:
+    """The members of the newest generation that counts, and why that is not certain.
+
+    A generation counts when enough members of the one before it have it, or agreed to it. One that
+    was cut short does not: nothing was acknowledged that those it leaves behind have missed. It is
+    known to be one when the members without it leave too few others.
+    """
+    if len(best.history) < 2:
+        return best.members, ""
+    before, last = best.history[-2:]
+    if _enough(before, last, present):
+        return best.members, ""
+    lacking = {
+        each.replica_id for each in present if each.knows(last.counter, last.uuid) is not True
+    }
+    others = set(before.members) - lacking
+    if len(others) < quorum(len(before.members)):
+        return before.members, ""
+    return best.members, (
+        f"too few of the {len(before.members)} members of generation {before.counter} are there to "
+        f"know whether {last.counter} counts"
+    )
+
+
+def _enough(before: HistoryEntry, entry: HistoryEntry, present: Sequence[Generation]) -> bool:
+    have = {each.replica_id for each in present if each.knows(entry.counter, entry.uuid)}
+    if have.intersection(entry.members) - set(before.members):
+        return True  # who joins gets it last
+    agreed = have.union(entry.agreed).intersection(before.members)
+    return len(agreed) >= quorum(len(before.members))
+
+
+def _branch(generation: Generation, other: Generation) -> tuple[HistoryEntry, HistoryEntry] | None:
+    """The last generation that both come from, and the first of one's own; None: it is not kept."""
+    for before, entry in pairwise(generation.history):
+        if other.knows(before.counter, before.uuid) and not other.knows(entry.counter, entry.uuid):
+            return before, entry
+    return None
+
+
+def _has_counted(generation: Generation, other: Generation, present: Sequence[Generation]) -> bool:
+    """Whether what sets a generation apart counts, and what sets the other one apart does not."""
+    mine, theirs = _branch(generation, other), _branch(other, generation)
+    if mine is None or theirs is None:
+        return False
+    return _enough(*mine, present) and not _enough(*theirs, present)
+
+
+def never_counted(generation: Generation, served: Generation) -> bool:
+    """Whether a generation that went apart from one that counts cannot have counted itself.
+
+    Of one generation only one next one can, if any two quorums have a member in common and nobody
+    was forced. Then nothing was acknowledged that only the replicas of the other one have.
+    """
+    mine, theirs = _branch(generation, served), _branch(served, generation)
+    if mine is None or theirs is None or mine[0].uuid != theirs[0].uuid:
+        return False
+    before = set(mine[0].members)
+    forced = any(before <= set(entry.agreed) for entry in (mine[1], theirs[1]))
+    return 2 * quorum(len(before)) > len(before) and not forced
 
 
 def _went_apart(best: Generation, other: Generation) -> bool:

@@ -98,7 +98,7 @@ async def check(paths: list[Path], before: Model, after: Model) -> Model:
             await volume.wait_merged()
             assert await volume.read(0, SIZE_BYTES) == head
         for path in paths:
-            alone = VolumeConfig(name="db", replicas=[path], read_only=True)
+            alone = VolumeConfig(name="db", replicas=[path], read_only=True, force=True)
             async with engine.open_volume(alone) as volume:
                 contents.append(await volume.read(0, SIZE_BYTES))
     assert contents == [head] * len(paths), "replicas differ"

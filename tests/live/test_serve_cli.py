@@ -405,7 +405,7 @@ def test_replicas_are_added_removed_and_brought_back(tmp_path: Path) -> None:
     for path in (second, third):
         other = tmp_path / f"only-{path.name}"
         cli(other, "volume", "create", "copy", "--replica", str(path))
-        with serve(other, "copy") as process:
+        with serve(other, "copy", "--force") as process:
             text = nbdsh(process.uri("copy"), "print(h.pread(5, 0), h.pread(5, 4096))")
             assert "later" in text
             assert "first" in text

@@ -82,8 +82,14 @@ class VolumeFiles:
         read_only: bool = False,
         limits: SnapshotLimits | None = None,
         rebuild: RebuildOptions | None = None,
+        force: bool | None = None,
+        quorum_wait_s: float = 30.0,
     ) -> AsyncIterator[Volume]:
-        """Open the volume in an engine of its own."""
+        """Open the volume in an engine of its own.
+
+        Args:
+          force: also with too few replicas; by default where only some of them are asked for.
+        """
         chosen = range(len(self.paths)) if only is None else only
         options = EngineOptions(queues=1, workers=4, driver=self.driver)
         async with AsyncExitStack() as stack:
@@ -96,6 +102,8 @@ class VolumeFiles:
                 read_only=read_only,
                 limits=limits or SnapshotLimits(),
                 rebuild=rebuild or RebuildOptions(),
+                force=only is not None if force is None else force,
+                quorum_wait_s=quorum_wait_s,
             )
             self.places = places
             async with open_engine(options) as engine, engine.open_volume(config) as volume:

@@ -88,12 +88,36 @@ def test_a_replica_left_behind_is_stale_and_the_reason_is_told() -> None:
 
 
 def test_a_survivor_the_fence_did_not_reach_is_lagging_not_stale() -> None:
+    a, b, c, d = new_set(4, time=T)
+    new_a, new_b, _ = leave([a, b, c], d)
+    new_a = new_a.with_agreement([d.replica_id])
+    choice = choose(found(new_a, new_b, c, d))
+    assert choice.newest == (0, 1)
+    assert choice.lagging == (2,)
+    assert [each.index for each in choice.stale] == [3]
+    assert choice.doubt == ""
+
+
+def test_a_fence_that_reached_too_few_leaves_nobody_behind() -> None:
     a, b, c = new_set(3, time=T)
     new_a, _ = leave([a, b], c)
     choice = choose(found(new_a, b, c))
     assert choice.newest == (0,)
-    assert choice.lagging == (1,)
-    assert [each.index for each in choice.stale] == [2]
+    assert choice.lagging == (1, 2)
+    assert set(choice.members) == {each.replica_id for each in (a, b, c)}
+    assert choose(found(new_a, c)).doubt
+    assert choose(found(new_a)).doubt
+    assert choose(found(b, c)).doubt == ""
+
+
+def test_one_that_others_went_on_without_does_not_speak_for_them() -> None:
+    a, b, c = new_set(3, time=T)
+    (alone,) = leave([a], b, c)
+    told = replace(alone, replica_id=b.replica_id)
+    assert choose(found(told)).newest == ()
+    choice = choose(found(told, c, a))
+    assert choice.newest == (1, 2)
+    assert "goes on without it" in choice.stale[0].reason
 
 
 def test_a_survivor_two_generations_behind_is_stale() -> None:
@@ -113,13 +137,25 @@ def test_replicas_that_went_on_separately_are_a_split() -> None:
 
 
 def test_a_split_is_noticed_after_one_side_has_gone_further() -> None:
-    a, b, c = new_set(3, time=T)
-    (alone_a,) = leave([a], b, c)
-    both = leave([b, c], a)
-    (alone_b,) = leave(both[:1], c)
+    a, b = new_set(2, time=T)
+    (alone_a,) = leave([a], b)
+    (alone_b,) = leave([b], a)
+    (alone_b,) = supersede([alone_b], left=[], reason="more", time=T)
     assert alone_b.counter > alone_a.counter
     with pytest.raises(ReplicaStale):
         choose(found(alone_a, alone_b))
+
+
+def test_of_three_that_went_apart_the_minority_is_stale() -> None:
+    a, b, c = new_set(3, time=T)
+    (alone_a,) = leave([a], b, c)
+    new_b, new_c = leave([b, c], a)
+    choice = choose(found(alone_a, new_b, new_c))
+    assert choice.newest == (1, 2)
+    assert "too few to count" in choice.stale[0].reason
+    by_force = alone_a.with_agreement(a.members)
+    with pytest.raises(ReplicaStale):
+        choose(found(by_force, new_b, new_c))
 
 
 def test_replicas_of_different_volumes_are_refused() -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Status(_message.Message):
-    __slots__ = ("name", "size_bytes", "read_only", "cache", "state", "pid", "driver", "driver_reason", "uris", "replicas", "statistics", "jobs", "merges_pending", "version", "clients")
+    __slots__ = ("name", "size_bytes", "read_only", "cache", "state", "pid", "driver", "driver_reason", "uris", "replicas", "statistics", "jobs", "merges_pending", "version", "clients", "history")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_ONLY_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class Status(_message.Message):
     MERGES_PENDING_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     name: str
     size_bytes: int
     read_only: bool
@@ -39,7 +40,22 @@ class Status(_message.Message):
     merges_pending: int
     version: str
     clients: _containers.RepeatedCompositeFieldContainer[Client]
-    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., read_only: _Optional[bool] = ..., cache: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., driver: _Optional[str] = ..., driver_reason: _Optional[str] = ..., uris: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., statistics: _Optional[_Union[Statistics, _Mapping]] = ..., jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., merges_pending: _Optional[int] = ..., version: _Optional[str] = ..., clients: _Optional[_Iterable[_Union[Client, _Mapping]]] = ...) -> None: ...
+    history: _containers.RepeatedCompositeFieldContainer[Membership]
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., read_only: _Optional[bool] = ..., cache: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., driver: _Optional[str] = ..., driver_reason: _Optional[str] = ..., uris: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., statistics: _Optional[_Union[Statistics, _Mapping]] = ..., jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., merges_pending: _Optional[int] = ..., version: _Optional[str] = ..., clients: _Optional[_Iterable[_Union[Client, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[Membership, _Mapping]]] = ...) -> None: ...
+
+class Membership(_message.Message):
+    __slots__ = ("generation", "time", "reason", "members", "left")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    time: str
+    reason: str
+    members: int
+    left: int
+    def __init__(self, generation: _Optional[int] = ..., time: _Optional[str] = ..., reason: _Optional[str] = ..., members: _Optional[int] = ..., left: _Optional[int] = ...) -> None: ...
 
 class Client(_message.Message):
     __slots__ = ("peer", "export", "since")
