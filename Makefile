@@ -53,6 +53,10 @@ packages:  ## install the Debian packages that are missing (root or password-les
 	sudo=; [ $$(id -u) -eq 0 ] || sudo='sudo -n'; \
 	$$sudo true 2>/dev/null || { echo "missing packages, run: apt-get install$$missing" >&2; exit 1; }; \
 	echo "installing$$missing"; \
+	case "$$missing " in *" tgt "*) \
+	  [ ! -d /run/systemd/system ] || { echo "masking tgt.service, which would listen on all addresses"; \
+	    $$sudo systemctl -q mask tgt.service; };; \
+	esac; \
 	log=$$(mktemp); export DEBIAN_FRONTEND=noninteractive; \
 	{ $$sudo apt-get update -q && \
 	  $$sudo apt-get install -q -y --no-install-recommends $$missing; } >$$log 2>&1 \
