@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from lhblock.errors import ControlError, LhblockError, NotServing, VolumeBusy
 from lhblock.instance._registry import Registry, VolumeRecord
-from lhblock.instance._serving import Holder, answering_address, serving
+from lhblock.instance._serving import answering_address, serving
 from lhblock.rpc import (
     CONTROLLER,
     VOLUME,
@@ -76,7 +76,7 @@ def open_channel(
         return
     holder = serving(data_dir, record)
     if holder is not None:
-        raise VolumeBusy(name, f"{_who(holder)} has it open and answers no control calls")
+        raise VolumeBusy(name, f"{holder} has it open and answers no control calls")
     with _Offline(registry, record, read_only=read_only) as channel:
         yield channel
 
@@ -248,7 +248,3 @@ def first_sentence(error: BaseException) -> BaseException:
 def _about(volume: str, code: str, sentence: str) -> ControlError:
     named = sentence.startswith(("volume ", "replica ", "invalid "))
     return ControlError(code, sentence if named else f"volume {volume}: {sentence}")
-
-
-def _who(holder: Holder) -> str:
-    return f"process {holder.pid}" if holder.pid else "another process"

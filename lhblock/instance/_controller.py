@@ -28,7 +28,7 @@ from lhblock.instance._membership import (
 )
 from lhblock.instance._registry import Registry
 from lhblock.instance._served import ServedVolume, no_new_clients
-from lhblock.rpc import Call, CallFailed, Handler, Handlers
+from lhblock.rpc import Call, CallFailed, Handlers
 from lhblock.rpc.generated import controller_pb2 as pb
 from lhblock.settings import BLOCK_BYTES, check_snapshot_name
 
@@ -115,7 +115,7 @@ class ControllerService:
 
     @property
     def handlers(self) -> Handlers:
-        served: dict[str, Handler] = {
+        return {
             "VolumeGet": self.volume_get,
             "VolumeSnapshot": self.volume_snapshot,
             "VolumeRevert": self.volume_revert,
@@ -140,11 +140,10 @@ class ControllerService:
             "ReplicaVerifyRebuild": self.verify_rebuild,
             "JournalList": self._journal,
         }
-        return served
 
     async def volume_get(self, _request: Empty, call: Call) -> pb.Volume:
-        if self._host is not None and self._host.served is None:
-            return self._describe_closed(self._host)
+        if (host := self._closed_host) is not None:
+            return self._describe_closed(host)
         return self._describe(self._choice.volume(call))
 
     async def volume_start(self, request: pb.VolumeStartRequest, call: Call) -> pb.Volume:
@@ -210,11 +209,11 @@ class ControllerService:
 
     async def frontend_start(self, request: pb.VolumeFrontendStartRequest, call: Call) -> pb.Volume:
         name = request.frontend
-        if name and self._host is not None and self._host.served is None:
+        if name and (host := self._closed_host) is not None:
             # Kept until there is a volume to offer.
-            self._check_frontend(name, self._host.frontends)
-            self._host.frontend = name
-            return self._describe_closed(self._host)
+            self._check_frontend(name, host.frontends)
+            host.frontend = name
+            return self._describe_closed(host)
         served = self._choice.volume(call)
         if served.expansion.running:
             raise CallFailed("UNKNOWN", "cannot start frontend during the engine expansion")
@@ -236,8 +235,8 @@ class ControllerService:
         return self._describe(served)
 
     async def frontend_shutdown(self, _request: Empty, call: Call) -> pb.Volume:
-        if self._host is not None and self._host.served is None:
-            return self._describe_closed(self._host)
+        if (host := self._closed_host) is not None:
+            return self._describe_closed(host)
         served = self._choice.volume(call)
         if self._host is not None:
             await self._host.door.close()
@@ -282,7 +281,7 @@ class ControllerService:
         return self._describe(served)
 
     async def replica_list(self, _request: Empty, call: Call) -> pb.ReplicaListReply:
-        if self._host is not None and self._host.served is None:
+        if self._closed_host is not None:
             return pb.ReplicaListReply()
         replicas = self._choice.volume(call).volume.replicas()
         return pb.ReplicaListReply(
@@ -297,9 +296,9 @@ class ControllerService:
     ) -> pb.ControllerReplica:
         """Add a replica. The engine rebuilds it by itself; it is WO until that is done."""
         address = request.address
-        if self._host is not None and self._host.served is None:
+        if (host := self._closed_host) is not None:
             try:
-                await self._host.start([address])
+                await host.start([address])
             except LhblockError as error:
                 raise CallFailed("UNKNOWN", str(error)) from error
         served = self._choice.volume(call)
@@ -406,6 +405,11 @@ class ControllerService:
                 writeIOPS=round(metrics.write_iops),
             )
         )
+
+    @property
+    def _closed_host(self) -> VolumeHost | None:
+        """The host of a controller whose volume is closed now."""
+        return self._host if self._host is not None and self._host.served is None else None
 
     def _hosted(self, call: Call) -> VolumeHost:
         if self._host is None:

@@ -16,7 +16,7 @@ import trio
 
 from lhblock.engine import Engine, open_engine
 from lhblock.errors import NoBackend, UsageError, VolumeBusy, VolumeError
-from lhblock.frontend.nbd import ClientInfo, Listener, NbdServer, serve_nbd
+from lhblock.frontend.nbd import ClientInfo, Listener, NbdServer
 from lhblock.instance._controller import Choice, no_backend
 from lhblock.instance._exports import VolumeExports
 from lhblock.instance._identity import check_identity
@@ -33,11 +33,12 @@ from lhblock.instance._serve import (
     point_link,
     ready_now,
     start_fuse,
+    start_nbd,
     unpoint_link,
 )
 from lhblock.instance._serving import remove_dead_sockets
 from lhblock.instance._settings import ServeSettings
-from lhblock.instance._signals import watch_signals
+from lhblock.instance._signals import run_until_signal
 from lhblock.instance._volume_host import VolumeHost
 from lhblock.rpc import serve_rpc
 from lhblock.settings import DataDir, Listen, check_volume_name
@@ -98,19 +99,8 @@ async def run_controller(
     Cancelled: as after a signal.
     """
     notifier = Notifier()
-    async with trio.open_nursery() as nursery:
-        stop = trio.CancelScope()
-        await nursery.start(watch_signals, stop)
-        failure: Exception | None = None
-        try:
-            with stop:
-                process = Process(data_dir, Registry(data_dir), settings)
-                await _control(process, options, on_ready, notifier)
-        except Exception as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    process = Process(data_dir, Registry(data_dir), settings)
+    await run_until_signal(partial(_control, process, options, on_ready, notifier))
 
 
 async def _control(
@@ -194,14 +184,8 @@ async def _answer(
             if "fuse" in process.settings.frontend:
                 await start_fuse(nursery, process, engine)
             if listeners:
-                start = partial(
-                    serve_nbd,
-                    listeners,
-                    VolumeExports(process.volumes),
-                    handshake_timeout_s=process.settings.handshake_timeout_s,
-                    connections_max=process.settings.connections_max,
-                )
-                server.append(await nursery.start(start))
+                exports = VolumeExports(process.volumes)
+                server.append(await start_nbd(nursery, process.settings, listeners, exports))
             process.ready = True
             ready = ready_now(process, engine, listeners, path)
             on_ready(ControllerReady(str(replace(address, port=port)), ready))

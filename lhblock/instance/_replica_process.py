@@ -20,7 +20,7 @@ from lhblock.instance._peer_service import DataAddress, PeerService
 from lhblock.instance._replica import Replica, ReplicaState
 from lhblock.instance._replica_data import DataServer
 from lhblock.instance._replica_service import SNAPSHOT_COUNT_MAX, ReplicaService
-from lhblock.instance._signals import watch_signals
+from lhblock.instance._signals import run_until_signal
 from lhblock.rpc import PEER, REPLICA, Call, serve_rpc
 from lhblock.settings import Listen
 
@@ -113,18 +113,7 @@ async def run_replica(options: ReplicaOptions, *, on_ready: Callable[[ReplicaRea
 
     Cancelled: as after a signal.
     """
-    async with trio.open_nursery() as nursery:
-        stop = trio.CancelScope()
-        await nursery.start(watch_signals, stop)
-        failure: Exception | None = None
-        try:
-            with stop:
-                await serve_replica(options, on_ready)
-        except Exception as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    await run_until_signal(partial(serve_replica, options, on_ready))
 
 
 async def serve_replica(options: ReplicaOptions, on_ready: Callable[[ReplicaReady], None]) -> None:

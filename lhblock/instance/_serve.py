@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from lhblock.engine import Engine, EngineOptions, RebuildOptions, RemoteLimits, open_engine
-from lhblock.errors import LhblockError, UsageError, VolumeBusy, VolumeNotFound
+from lhblock.errors import LhblockError, UsageError, VolumeNotFound
 from lhblock.frontend.fuse import serve_fuse, volume_file
 from lhblock.frontend.nbd import (
     ClientInfo,
@@ -37,9 +37,9 @@ from lhblock.instance._iscsi import Iscsi, check_iscsi, is_wanted, start_iscsi
 from lhblock.instance._notify import Notifier
 from lhblock.instance._registry import Registry, VolumeRecord
 from lhblock.instance._served import ServedVolume, open_served
-from lhblock.instance._serving import remove_dead_sockets, serving
+from lhblock.instance._serving import refuse_served, remove_dead_sockets
 from lhblock.instance._settings import ServeSettings
-from lhblock.instance._signals import watch_signals
+from lhblock.instance._signals import run_until_signal
 from lhblock.instance._volume_service import VolumeService
 from lhblock.rpc import CONTROLLER, VOLUME, Call, Handlers, serve_rpc
 from lhblock.settings import (
@@ -140,19 +140,10 @@ async def run_serve(
     Cancelled: as after a signal.
     """
     notifier = Notifier()
-    async with trio.open_nursery() as nursery:
-        stop = trio.CancelScope()
-        await nursery.start(watch_signals, stop)
-        failure: Exception | None = None
-        try:
-            with stop:
-                process = Process(data_dir, Registry(data_dir), settings)
-                await _serve(process, names, size_bytes, on_ready, notifier, stdio=stdio)
-        except Exception as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    process = Process(data_dir, Registry(data_dir), settings)
+    await run_until_signal(
+        partial(_serve, process, names, size_bytes, on_ready, notifier, stdio=stdio)
+    )
 
 
 async def _serve(
@@ -166,7 +157,7 @@ async def _serve(
 ) -> None:
     data_dir, settings = process.data_dir, process.settings
     _check_names(process, names, size_bytes)
-    keys = tls_keys(settings, stdio=stdio)
+    keys = _tls_keys(settings, stdio=stdio)
     check_iscsi(settings)
     data_dir.prepare()
     with suppress(OSError):
@@ -189,7 +180,7 @@ async def _serve(
             return server[0].clients() if server else ()
 
         async with trio.open_nursery() as nursery:
-            control = await start_control(nursery, process, engine, clients)
+            control = await _start_control(nursery, process, engine, clients)
             links = [data_dir.control_link(name) for name in process.volumes]
             try:
                 for link in links:
@@ -199,19 +190,10 @@ async def _serve(
                 if is_wanted(settings):
                     await _start_iscsi(nursery, process, engine)
                 if listeners:
-                    server.append(
-                        await nursery.start(
-                            partial(
-                                serve_nbd,
-                                [item for item in listeners if item.tls is None],
-                                exports,
-                                handshake_timeout_s=settings.handshake_timeout_s,
-                                connections_max=settings.connections_max,
-                            )
-                        )
-                    )
+                    plain = [item for item in listeners if item.tls is None]
+                    server.append(await start_nbd(nursery, settings, plain, exports))
                 if keys is not None:
-                    await start_tls(nursery, settings, keys, listeners)
+                    await _start_tls(nursery, settings, keys, listeners)
                 process.ready = True
                 ready = ready_now(process, engine, listeners, control)
                 on_ready(ready)
@@ -254,10 +236,8 @@ def _check_names(process: Process, names: Sequence[str], size_bytes: int | None)
                     f"volume {name} does not exist; give --size to create it"
                 ) from error
             continue
-        holder = serving(process.data_dir, record)
-        if holder is not None and not settings.read_only:
-            who = f"process {holder.pid}" if holder.pid else "another process"
-            raise VolumeBusy(name, f"{who} serves it already; stop that first")
+        if not settings.read_only:
+            refuse_served(process.data_dir, record)
         if settings.replica:
             wanted = {parse_replica(text, Path.cwd()) for text in settings.replica}
             if wanted != set(record.places):
@@ -273,7 +253,7 @@ def _check_names(process: Process, names: Sequence[str], size_bytes: int | None)
             )
 
 
-def tls_keys(settings: ServeSettings, *, stdio: bool) -> TlsKeys | None:
+def _tls_keys(settings: ServeSettings, *, stdio: bool) -> TlsKeys | None:
     keys = read_tls_keys(
         settings.tls_certificates,
         settings.tls_psk,
@@ -384,7 +364,25 @@ async def open_recorded(
     process.volumes[record.name] = served
 
 
-async def start_tls(
+async def start_nbd(
+    nursery: trio.Nursery,
+    settings: ServeSettings,
+    listeners: Sequence[Listener],
+    exports: VolumeExports,
+) -> NbdServer:
+    server: NbdServer = await nursery.start(
+        partial(
+            serve_nbd,
+            listeners,
+            exports,
+            handshake_timeout_s=settings.handshake_timeout_s,
+            connections_max=settings.connections_max,
+        )
+    )
+    return server
+
+
+async def _start_tls(
     nursery: trio.Nursery, settings: ServeSettings, keys: TlsKeys, listeners: Sequence[Listener]
 ) -> None:
     secured = [listener for listener in listeners if listener.tls is not None]
@@ -429,7 +427,7 @@ def _file(settings: ServeSettings, name: str) -> str:
     return str(volume_file(Path.cwd() / settings.fuse_dir, name))
 
 
-async def start_control(
+async def _start_control(
     nursery: trio.Nursery,
     process: Process,
     engine: Engine,

@@ -13,6 +13,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from lhblock.errors import VolumeBusy
 from lhblock.instance._registry import VolumeRecord
 from lhblock.settings import DataDir
 
@@ -25,6 +26,9 @@ class Holder:
     """The process that has a replica directory open. `pid` is 0 if the lock does not tell."""
 
     pid: int
+
+    def __str__(self) -> str:
+        return f"process {self.pid}" if self.pid else "another process"
 
 
 def lock_holder(replica: Path) -> Holder | None:
@@ -71,6 +75,20 @@ def serving(data_dir: DataDir, record: VolumeRecord) -> Holder | None:
         return None
     pid = address.removesuffix(".sock").rpartition("serve-")[2]
     return Holder(int(pid) if pid.isdigit() else 0)
+
+
+def refuse_served(data_dir: DataDir, record: VolumeRecord, *, but_pid: int = 0) -> None:
+    """Refuse to open a volume that is served.
+
+    Args:
+      but_pid: a process that answers for the volume without having it open.
+
+    Raises:
+      VolumeBusy: who serves it.
+    """
+    holder = serving(data_dir, record)
+    if holder is not None and not (but_pid and holder.pid == but_pid):
+        raise VolumeBusy(record.name, f"{holder} serves it already; stop that first")
 
 
 def remove_dead_sockets(data_dir: DataDir) -> None:

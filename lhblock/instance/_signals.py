@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 
 import structlog
 import trio
@@ -12,6 +13,26 @@ import trio
 from lhblock.instance._notify import Notifier
 
 _log = structlog.get_logger("lhblock.instance")
+
+
+async def run_until_signal(work: Callable[[], Awaitable[None]]) -> None:
+    """Run a process's work until it ends or a signal cancels it. Its errors are raised as they
+    are, and not in a group.
+
+    Cancelled: as after a signal.
+    """
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        stop = trio.CancelScope()
+        await nursery.start(watch_signals, stop)
+        try:
+            with stop:
+                await work()
+        except Exception as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def watch_signals(

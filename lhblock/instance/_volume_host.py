@@ -11,14 +11,14 @@ from pathlib import Path
 import trio
 
 from lhblock.engine import Engine
-from lhblock.errors import UsageError, VolumeBusy, VolumeNotFound
+from lhblock.errors import UsageError, VolumeNotFound
 from lhblock.frontend.nbd import Listener
 from lhblock.instance._creation import create_volume
 from lhblock.instance._iscsi import IscsiDoor
 from lhblock.instance._registry import MADE_NOTHING, Registry, ReplicaRecord, VolumeRecord
 from lhblock.instance._serve import Process, open_recorded
 from lhblock.instance._served import ServedVolume
-from lhblock.instance._serving import serving
+from lhblock.instance._serving import refuse_served
 from lhblock.settings import RemoteAddress, parse_replica
 
 
@@ -169,10 +169,7 @@ class VolumeHost:
             )
             self._process.created.add(self.name)
         else:
-            holder = serving(self._process.data_dir, record)
-            if holder is not None and holder.pid != os.getpid():
-                who = f"process {holder.pid}" if holder.pid else "another process"
-                raise VolumeBusy(self.name, f"{who} serves it already; stop that first")
+            refuse_served(self._process.data_dir, record, but_pid=os.getpid())
         known = {item.place: item for item in record.replicas}
         replicas = tuple(known.get(place, ReplicaRecord(place, MADE_NOTHING)) for place in places)
         return await trio.to_thread.run_sync(
