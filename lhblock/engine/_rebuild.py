@@ -239,8 +239,8 @@ class Rebuilder:
     async def _end(self, work: _Work, failure: Exception | None) -> None:
         """Whatever came of it: nothing of the rebuild is left behind on the volume."""
         member = work.member
-        if member.state is MemberState.USABLE:
-            self._work.pop(member, None)
+        done = member.state is MemberState.USABLE
+        if done:
             log.info(
                 "replica rebuilt",
                 volume=self._name,
@@ -266,6 +266,11 @@ class Rebuilder:
                 again_in_s=None if work.refused else delay_s,
             )
         await self._remove_leftovers()
+        if done:
+            # Last: whoever waits for the replica finds no snapshot of its rebuild either.
+            self._work.pop(member, None)
+            # It may have failed since, and was passed over as one that is being rebuilt.
+            self._find_returning()
 
     async def _give_up(self, member: Member, reason: str) -> None:
         async with self._tree.lock:

@@ -114,6 +114,18 @@ async def test_new_replica_gets_head_and_snapshots(files: VolumeFiles, tmp_path:
         assert modes(volume) == ["RW"] * 3
 
 
+async def test_who_waited_for_a_replica_finds_no_snapshot_of_its_rebuild(
+    files: VolumeFiles, tmp_path: Path
+) -> None:
+    async with patience(), files.open() as volume:
+        await scribble(volume, 0)
+        await volume.add_replica(tmp_path / "new")
+        assert [info.name for info in volume.snapshots()] == []
+        while volume.rebuilds():
+            await trio.sleep(0.001)
+        assert [info.name for info in volume.snapshots() if not info.removed] == []
+
+
 async def test_side_branches_and_removed_layers_are_copied_too(
     files: VolumeFiles, tmp_path: Path
 ) -> None:
