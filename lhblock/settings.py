@@ -25,6 +25,8 @@ SOCKET_PATH_BYTES_MAX = 107
 VOLUME_BYTES_MAX = 1 << 50
 NBD_PORT = 10809
 ISCSI_PORT = 3260
+# How long a volume that lost the quorum of its replicas waits for them before it is faulted.
+QUORUM_WAIT_S = 30.0
 REMOTE_SCHEME = "tcp://"
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from lhblock._native import BLOCK_BYTES, STORES_MAX
 from lhblock.engine._limits import SnapshotLimits
 from lhblock.errors import SizeError, UsageError
-from lhblock.settings import RemoteAddress
+from lhblock.settings import QUORUM_WAIT_S, RemoteAddress
 
 DriverChoice: TypeAlias = Literal["auto", "io_uring", "pool"]
 CacheMode: TypeAlias = Literal["writeback", "none"]
@@ -139,7 +139,7 @@ class VolumeConfig:
     limits: SnapshotLimits = field(default_factory=SnapshotLimits)
     rebuild: RebuildOptions = field(default_factory=RebuildOptions)
     remote: RemoteLimits = field(default_factory=RemoteLimits)
-    quorum_wait_s: float = 30.0
+    quorum_wait_s: float = QUORUM_WAIT_S
     force: bool = False
 
     def __post_init__(self) -> None:

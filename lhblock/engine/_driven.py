@@ -113,6 +113,7 @@ class DrivenReplica(Device):
             [member],
             native,
             read_only=False,
+            quorum_wait_s=0,  # a set of one is never without it
             deliver_events=engine.deliver_events,
             on_faulted=self.close_connections,
         )

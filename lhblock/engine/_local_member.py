@@ -71,10 +71,6 @@ class LocalMember(Member):
         return str(self.path.absolute())
 
     @property
-    def exclusive(self) -> bool:
-        return True  # by the lock of its directory
-
-    @property
     def opened(self) -> bool:
         return self._directory is not None
 

@@ -104,9 +104,11 @@ class Member(ABC):
       state: see :class:`MemberState`; only the replica set and the opening change it.
       error: why it is not usable; "" otherwise.
       dropped_by_core: C reported the failure and holds acknowledgements for the fence.
+      exclusive: nobody else can open it while this process lives, whatever else fails.
       merges_itself: removed layers are its own business.
     """
 
+    exclusive: ClassVar[bool] = True
     merges_itself: ClassVar[bool] = False
 
     def __init__(self, address: str, name: str) -> None:
@@ -118,11 +120,6 @@ class Member(ABC):
         self._last_counter = 0
 
     # ---- What is known of it without asking.
-
-    @property
-    @abstractmethod
-    def exclusive(self) -> bool:
-        """Nobody else can open it while this process lives, whatever else fails."""
 
     @property
     def key(self) -> str:
@@ -293,10 +290,11 @@ class Member(ABC):
     def write_generation(self, generation: Generation) -> None:
         """See ``ReplicaDirectory.write_generation``."""
 
-    def leave_behind(self, generation: Generation) -> None:
+    def leave_behind(self, generation: Generation) -> None:  # noqa: B027
         """Record on a member that was lost, and may be there again, that it is left behind.
 
-        Only of those that are not ``exclusive``. Its session, if there is one, ends with it.
+        Its session, if there is one, ends with it. One that is ``exclusive`` has nothing to record:
+        nobody else could believe it meanwhile.
 
         Args:
           generation: of the members that go on; this one is none of them.
@@ -305,7 +303,6 @@ class Member(ABC):
           ReplicaLocked, ReplicaStale: another engine has taken it.
           ReplicaError: it is not there.
         """
-        raise NotImplementedError
 
     @abstractmethod
     def note_repaired(self) -> None:

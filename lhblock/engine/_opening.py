@@ -47,6 +47,7 @@ from lhblock.replica import (
     Generation,
     ReplicaDirectory,
     choose,
+    have_quorum,
     new_set,
     quorum,
 )
@@ -328,8 +329,8 @@ class Opening:
             for member in believed
             if member.records.generation is not None
         }.intersection(members)
-        count, needed = len(members), quorum(len(members))
-        if len(there) < needed:
+        count = len(members)
+        if not have_quorum(there, members):
             missing = "; ".join(
                 f"{member.address}: {member.error}"
                 for member in self.members
@@ -337,8 +338,8 @@ class Opening:
             )
             raise NoQuorum(
                 self._config.name,
-                f"{len(there)} of its {count} replicas can be used, and {needed} are needed, "
-                "because the others may have newer writes or be in use elsewhere "
+                f"{len(there)} of its {count} replicas can be used, and {quorum(count)} are "
+                "needed, because the others may have newer writes or be in use elsewhere "
                 f"({missing or 'they are not configured'}); bring them back, or give --force to "
                 "go on without them and lose what only they have",
             )
@@ -349,14 +350,14 @@ class Opening:
                 volume=self._config.name,
             )
 
-    def _require_agreement(self, committed: Sequence[str]) -> None:
-        there = {member.generation.replica_id for member in self._usable}.intersection(committed)
-        needed = quorum(len(committed))
-        if len(there) < needed and not self._config.force:
+    def _require_agreement(self) -> None:
+        there = {member.generation.replica_id for member in self._usable}
+        if not self._config.force and not have_quorum(there, self._committed):
+            count = len(self._committed)
             raise NoQuorum(
                 self._config.name,
-                f"{len(there)} of {len(committed)} replicas are left while it is opened, {needed} "
-                "are needed; open it again",
+                f"{len(there.intersection(self._committed))} of {count} replicas are left while it "
+                f"is opened, {quorum(count)} are needed; open it again",
             )
 
     async def _agree(self, written: bool) -> None:
@@ -505,9 +506,8 @@ class Opening:
             if not missing and len(usable) == 1 and best.counter != UNSERVED:
                 return
             # What fewer than enough members have does not count, as if it had not been written.
-            committed = self._committed or best.members
-            self._committed = committed
-            self._require_agreement(committed)
+            self._committed = self._committed or best.members
+            self._require_agreement()
             reason = "missing when the volume was opened" if missing else OPENED
             if missing and self._config.force:
                 reason += f", by force with {len(usable)} of {len(best.members)}"
@@ -521,7 +521,7 @@ class Opening:
 
             await self._each(write)
             have = {member.generation.replica_id for member in self._usable}
-            if len(have.intersection(committed)) >= quorum(len(committed)):
+            if have_quorum(have, self._committed):
                 self._committed = next(iter(made.values())).members
             if len(self._usable) == len(usable):
                 if missing:

@@ -48,6 +48,7 @@ def _refuses(what: str) -> Any:
 class PlainMember(Member):
     """A replica of a process that is not ours, or pretends so. Args: as ``RemoteMember``."""
 
+    exclusive: ClassVar[bool] = True  # or not: nothing that it keeps would tell
     merges_itself: ClassVar[bool] = True
 
     def __init__(
@@ -73,10 +74,6 @@ class PlainMember(Member):
         self._commit: Callable[[], None] | None = None
 
     # ---- What is known of it without asking.
-
-    @property
-    def exclusive(self) -> bool:
-        return True  # or not: nothing that it keeps would tell
 
     @property
     def opened(self) -> bool:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from google.protobuf.message import Message
 
@@ -69,6 +69,8 @@ class RemoteMember(Member):
       volume: what the process must say its replica belongs to, if it says anything.
     """
 
+    exclusive: ClassVar[bool] = False
+
     def __init__(
         self,
         place: RemoteAddress,
@@ -95,10 +97,6 @@ class RemoteMember(Member):
         self._published_bytes = 0
         self._unit_connections: list[UnitConnection] = []
         self._lock = threading.Lock()  # for what is known
-
-    @property
-    def exclusive(self) -> bool:
-        return False
 
     @property
     def opened(self) -> bool:

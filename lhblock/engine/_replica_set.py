@@ -42,7 +42,7 @@ from lhblock.errors import (
     VolumeBusy,
     VolumeFaulted,
 )
-from lhblock.replica import Generation, HistoryEntry, quorum
+from lhblock.replica import Generation, HistoryEntry, have_quorum, quorum
 
 log = structlog.get_logger(__name__)
 
@@ -77,10 +77,10 @@ class ReplicaSet:
         native: NativeVolume,
         *,
         read_only: bool,
+        quorum_wait_s: float,
         deliver_events: Callable[[], None],
         on_faulted: Callable[[], None],
         on_left: Callable[[], None] = lambda: None,
-        quorum_wait_s: float = 30.0,
     ) -> None:
         self._name = name
         self._native = native
@@ -240,7 +240,7 @@ class ReplicaSet:
 
     def _agreed(self, replica_ids: Collection[str]) -> bool:
         """Whether these are enough members for what they have to count."""
-        return len(self._committed.intersection(replica_ids)) >= quorum(len(self._committed))
+        return have_quorum(replica_ids, self._committed)
 
     async def _write_generations(
         self,

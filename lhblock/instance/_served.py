@@ -21,6 +21,7 @@ from lhblock.engine import (
 from lhblock.errors import LhblockError
 from lhblock.instance._jobs import Jobs
 from lhblock.instance._registry import Registry, VolumeRecord
+from lhblock.settings import QUORUM_WAIT_S
 
 FRONTEND = "nbd"
 _CONNECTION_POLL_S = 0.01
@@ -117,7 +118,7 @@ async def open_served(
     read_only: bool = False,
     rebuild: RebuildOptions | None = None,
     remote: RemoteLimits | None = None,
-    quorum_wait_s: float = 30.0,
+    quorum_wait_s: float = QUORUM_WAIT_S,
     force: bool = False,
 ) -> AsyncIterator[ServedVolume]:
     """Open a recorded volume for as long as the block lasts. Jobs end with it.

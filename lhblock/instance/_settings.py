@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lhblock.errors import UsageError
-from lhblock.settings import ISCSI_PORT, NBD_PORT
+from lhblock.settings import ISCSI_PORT, NBD_PORT, QUORUM_WAIT_S
 
 # The doors there are; `controller` has the same.
 Frontend = Literal["nbd", "fuse", "tgt-iscsi", "tgt-blockdev"]
@@ -91,7 +91,7 @@ class ServeSettings(BaseSettings):
     iscsi_backing: Literal["auto", "module", "fuse"] = "auto"
     replica: Annotated[tuple[str, ...], NoDecode] = ()
     replica_timeout: Annotated[float, Field(ge=1, le=3600)] = 8.0
-    quorum_wait: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    quorum_wait: Annotated[float, Field(ge=0, le=86400)] = QUORUM_WAIT_S
     force: bool = False
 
 

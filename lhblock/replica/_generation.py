@@ -208,6 +208,11 @@ def quorum(members: int) -> int:
     return members // 2 + 1 if members > 2 else 1
 
 
+def have_quorum(replica_ids: Collection[str], members: Collection[str]) -> bool:
+    """Whether enough of some members are among these replicas."""
+    return len(set(members).intersection(replica_ids)) >= quorum(len(members))
+
+
 def new_set(count: int, *, time: str, counter: int = 1) -> tuple[Generation, ...]:
     """The first generation of a volume, one per replica.
 
@@ -392,8 +397,7 @@ def _counting_members(
     lacking = {
         each.replica_id for each in present if each.knows(last.counter, last.uuid) is not True
     }
-    others = set(before.members) - lacking
-    if len(others) < quorum(len(before.members)):
+    if not have_quorum(set(before.members) - lacking, before.members):
         return before.members, ""
     return best.members, (
         f"too few of the {len(before.members)} members of generation {before.counter} are there to "
@@ -405,8 +409,7 @@ def _enough(before: HistoryEntry, entry: HistoryEntry, present: Sequence[Generat
     have = {each.replica_id for each in present if each.knows(entry.counter, entry.uuid)}
     if have.intersection(entry.members) - set(before.members):
         return True  # who joins gets it last
-    agreed = have.union(entry.agreed).intersection(before.members)
-    return len(agreed) >= quorum(len(before.members))
+    return have_quorum(have.union(entry.agreed), before.members)
 
 
 def _branch(generation: Generation, other: Generation) -> tuple[HistoryEntry, HistoryEntry] | None:

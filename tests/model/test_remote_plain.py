@@ -21,7 +21,7 @@ from lhblock.errors import (
 )
 from lhblock.settings import RemoteAddress
 from tests.model.remote import open_replica, options_for
-from tests.model.volumes import BLOCK, VolumeFiles
+from tests.model.volumes import BLOCK, VolumeFiles, until
 
 pytestmark = pytest.mark.model
 
@@ -114,8 +114,7 @@ async def test_one_that_ends_is_dropped_and_stays_away(files: VolumeFiles) -> No
             await volume.write(0, b"a" * BLOCK)
             scope.cancel()
             await volume.write(0, b"b" * BLOCK)
-            while volume.state == "healthy":
-                await trio.lowlevel.checkpoint()
+            await until(lambda: volume.state != "healthy")
             assert [info.mode for info in volume.replicas()] == ["RW", "ERR"]
             assert await volume.read(0, BLOCK) == b"b" * BLOCK
 

@@ -24,7 +24,7 @@ from lhblock.errors import (
     VolumeFaulted,
 )
 from lhblock.replica import ReplicaDirectory
-from tests.model.volumes import BLOCK, VolumeFiles, fault
+from tests.model.volumes import BLOCK, VolumeFiles, fault, until
 
 pytestmark = pytest.mark.model
 
@@ -121,8 +121,7 @@ async def test_who_waited_for_a_replica_finds_no_snapshot_of_its_rebuild(
         await scribble(volume, 0)
         await volume.add_replica(tmp_path / "new")
         assert [info.name for info in volume.snapshots()] == []
-        while volume.rebuilds():
-            await trio.sleep(0.001)
+        await until(lambda: not volume.rebuilds())
         assert [info.name for info in volume.snapshots() if not info.removed] == []
 
 
@@ -188,8 +187,7 @@ async def test_writes_of_any_alignment_during_a_rebuild(files: VolumeFiles, tmp_
         await scribble(volume, 2)
         await volume.add_replica(new)
         seed = 10
-        while modes(volume)[2] == "ERR":
-            await trio.lowlevel.checkpoint()
+        await until(lambda: modes(volume)[2] != "ERR")
         seen = set(modes(volume))
         while modes(volume)[2] == "WO":
             await scribble(volume, seed, requests=5)
@@ -213,8 +211,7 @@ async def test_snapshots_expansions_and_removals_during_a_rebuild(
         await volume.create_snapshot("s1")
         await volume.create_snapshot("s2")
         await volume.add_replica(new)
-        while modes(volume)[2] != "WO":
-            await trio.lowlevel.checkpoint()
+        await until(lambda: modes(volume)[2] == "WO")
         await scribble(volume, 2)
         await volume.create_snapshot("during")
         await scribble(volume, 3)
@@ -240,8 +237,7 @@ async def test_half_built_replica_is_never_a_source(files: VolumeFiles, tmp_path
     async with patience(), files.open(rebuild=slow) as volume:
         await scribble(volume, 1)
         await volume.add_replica(new)
-        while modes(volume)[2] != "WO":
-            await trio.lowlevel.checkpoint()
+        await until(lambda: modes(volume)[2] == "WO")
         expected = await contents_of(volume)
     files.paths.append(new)
     assert is_marked(new)
@@ -269,8 +265,7 @@ async def test_target_that_fails_is_tried_again(
         with fault(point, errno.EIO if point != "unit.write" else errno.ENOSPC):
             await volume.add_replica(new)
             if point == "store.write":
-                while modes(volume)[2] != "WO":
-                    await trio.lowlevel.checkpoint()
+                await until(lambda: modes(volume)[2] == "WO")
             await volume.wait_rebuilt(new)
         expected = await contents_of(volume)
         assert volume.state in ("healthy", "degraded")
@@ -287,8 +282,7 @@ async def test_source_that_fails_makes_the_rebuild_begin_again(
         await scribble(volume, 1, requests=100)
         await volume.create_snapshot("s1")
         await volume.add_replica(new)
-        while modes(volume)[2] != "WO":
-            await trio.lowlevel.checkpoint()
+        await until(lambda: modes(volume)[2] == "WO")
         await volume.remove_replica(files.places[0])
         assert modes(volume)[0] == "RW"
         await volume.wait_rebuilt(new)
@@ -302,8 +296,7 @@ async def test_replica_that_failed_while_serving_comes_back(files: VolumeFiles) 
         await scribble(volume, 1)
         with fault("store.write", errno.EIO):
             await volume.write(0, b"x" * BLOCK)
-            while modes(volume) == ["RW", "RW"]:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: modes(volume) != ["RW", "RW"])
         failed = modes(volume).index("ERR")
         await scribble(volume, 2)
         await volume.wait_rebuilt(files.places[failed])
@@ -332,8 +325,7 @@ async def test_damage_while_copying_is_found_before_anybody_believes_it(
     async with patience(), files.open() as volume:
         await volume.write(0, b"x" * (2 << 20))
         await volume.add_replica(new)
-        while not volume.rebuilds()[0].error:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: volume.rebuilds()[0].error)
         assert "after it was copied" in volume.rebuilds()[0].error
         assert modes(volume)[2] == "ERR"
         assert is_marked(new)

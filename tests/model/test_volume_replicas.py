@@ -21,7 +21,7 @@ from lhblock.errors import (
     VolumeFaulted,
 )
 from lhblock.replica import Generation, PendingHead, ReplicaDirectory
-from tests.model.volumes import BLOCK, VolumeFiles, fault
+from tests.model.volumes import BLOCK, VolumeFiles, fault, until
 
 pytestmark = pytest.mark.model
 
@@ -319,8 +319,7 @@ async def test_flush_is_not_answered_when_a_snapshot_could_not_be_made_durable(
             nursery.start_soon(take_snapshot, volume)
             await trio.to_thread.run_sync(settling.wait)
             nursery.start_soon(flush, volume)
-            while volume.statistics().io.in_flight == 0:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: volume.statistics().io.in_flight != 0)
             fail.set()
 
 
@@ -436,8 +435,7 @@ async def test_closing_in_the_middle_of_a_merge_leaves_it_to_the_next_open(
         await volume.write(BLOCK, b"b" * BLOCK)
         await volume.create_snapshot("s2")
         await volume.remove_snapshot("s1")
-        while not volume.jobs():
-            await trio.lowlevel.checkpoint()
+        await until(lambda: volume.jobs())
     async with files.open() as volume:
         await volume.wait_merged()
         assert [info.name for info in volume.snapshots()] == ["s2"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
+
+import trio
 
 from lhblock import _native
 from lhblock.engine import (
@@ -24,6 +27,8 @@ from lhblock.settings import RemoteAddress
 from tests.model.remote import ReplicaHost, open_host, options_for
 
 BLOCK = _native.BLOCK_BYTES
+UNTIL_S: Final = 60.0
+POLL_S: Final = 0.001
 
 
 class VolumeFiles:
@@ -129,6 +134,18 @@ class VolumeFiles:
         """Keep a replica as it is now, holes included, to put it back later."""
         shutil.copytree(self.paths[index], target, copy_function=copy_sparse)
         return target
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what announces itself to nobody.
+
+    It sleeps between two looks: a loop that only yields to other tasks keeps the interpreter
+    lock from the threads that it waits for.
+    """
+    limit_s = time.monotonic() + UNTIL_S
+    while not condition():
+        assert time.monotonic() < limit_s, "it does not come"
+        await trio.sleep(POLL_S)
 
 
 def copy_sparse(source: str, target: str) -> None:
