@@ -15,7 +15,7 @@ import pytest
 import trio
 import trio.testing
 
-from lhblock.engine import RebuildOptions, Volume
+from lhblock.engine import RebuildOptions, Volume, _rebuild
 from lhblock.errors import (
     ReplicaForeign,
     ReplicaStale,
@@ -256,10 +256,11 @@ async def test_half_built_replica_is_never_a_source(files: VolumeFiles, tmp_path
 
 @pytest.mark.parametrize("point", ["unit.write", "unit.sync", "unit.read", "store.write"])
 async def test_target_that_fails_is_tried_again(
-    files: VolumeFiles, tmp_path: Path, point: str, autojump_clock: trio.testing.MockClock
+    files: VolumeFiles, tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = tmp_path / "new"
-    async with files.open() as volume:
+    monkeypatch.setattr(_rebuild, "RETRY_S_MIN", 0.01)
+    async with patience(), files.open() as volume:
         await scribble(volume, 1)
         await volume.create_snapshot("s1")
         with fault(point, errno.EIO if point != "unit.write" else errno.ENOSPC):
