@@ -102,7 +102,7 @@ $(TGT_SOURCE)/version: | packages
 	@plugins/tgt/fetch-source $(TGT_SOURCE)
 
 $(STAMPS)/tgt-plugin: $(wildcard plugins/tgt/*.c plugins/tgt/*.h) native/include/lhb_bytes.h \
-		native/include/lhb_util.h $(TGT_SOURCE)/version
+		native/include/lhb_nbd.h native/include/lhb_util.h $(TGT_SOURCE)/version
 	@mkdir -p $(@D)
 	@rm -f lhblock/frontend/tgt/bs_lhblock-*.so
 	$(CC) $(TGT_CFLAGS) -isystem $(TGT_SOURCE)/usr -Inative/include plugins/tgt/*.c -o $(TGT_MODULE)

@@ -31,6 +31,7 @@ from lhblock.errors import DeviceUnavailable, FrontendError, LhblockError, Usage
 from lhblock.frontend.fuse import serve_fuse, volume_file
 from lhblock.frontend.nbd import open_unix_listener, serve_nbd
 from lhblock.frontend.tgt import (
+    FIRST_LUN,
     Backing,
     Chap,
     Plan,
@@ -347,8 +348,8 @@ def _plan(
     if settings.fuse_dir is not None:
         mount = Path.cwd() / settings.fuse_dir
     units = []
-    for number, served in enumerate(volumes.values(), 1):
-        lun = number if settings.iscsi_target is not None else 1
+    for number, served in enumerate(volumes.values(), FIRST_LUN):
+        lun = number if settings.iscsi_target is not None else FIRST_LUN
         path = str(directory / "nbd.sock")
         if backing.name == "fuse":
             path = str(volume_file(mount, served.name))

@@ -17,6 +17,8 @@
 #include "scsi.h"
 #include "spc.h"
 
+#include "lhb_nbd.h"
+
 #define LHB_TGT_TASKS 128               /* requests in flight of a unit */
 #define LHB_TGT_RECEIVE_BYTES (256u << 10)
 #define LHB_TGT_IOV_MAX 64
@@ -36,33 +38,7 @@
 #define LHB_TGT_AWAY_S 20
 #define LHB_TGT_AWAY_S_MAX 3600
 
-/* The transmission phase of NBD. */
-#define NBD_REQUEST_MAGIC 0x25609513u
-#define NBD_SIMPLE_REPLY_MAGIC 0x67446698u
-#define NBD_REQUEST_BYTES 28
-#define NBD_REPLY_BYTES 16
-
-enum
-{
-  NBD_CMD_READ = 0,
-  NBD_CMD_WRITE = 1,
-  NBD_CMD_FLUSH = 3,
-  NBD_CMD_CACHE = 5,
-  NBD_CMD_WRITE_ZEROES = 6,
-};
-
-#define NBD_CMD_FLAG_FUA 1
-
-enum
-{
-  NBD_EPERM = 1,
-  NBD_EIO = 5,
-  NBD_ENOMEM = 12,
-  NBD_EINVAL = 22,
-  NBD_ENOSPC = 28,
-  NBD_ENOTSUP = 95,
-  NBD_ESHUTDOWN = 108,
-};
+#define NBD_REPLY_BYTES 16     /* of a simple one */
 
 struct lhb_link;
 struct lhb_task;

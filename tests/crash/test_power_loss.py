@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from lhblock import _lhblock  # type: ignore[attr-defined,unused-ignore]
+from tests.loop import require_loop_devices
 
 SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
 WITHOUT_LOG_FLUSH = 2
@@ -56,8 +57,7 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
-        pytest.skip("needs root and /dev/loop-control to mount a file system it can cut off")
+    require_loop_devices()
     disk = Disk(tmp_path)
     disk.mount()
     yield disk

@@ -18,8 +18,8 @@ from google.protobuf.message import Message
 from lhblock.errors import ControlError
 from lhblock.rpc import CONTROLLER, RpcClient
 from lhblock.rpc.generated import controller_pb2 as pb
+from tests.live.hosts import Host, options, start_hosts, wait_modes
 from tests.live.serving import MIB, TIMEOUT_S, ToolFailed, cli, cli_json, command, nbdsh, tool
-from tests.live.test_remote_replicas import Host, options, wait_modes
 
 pytestmark = pytest.mark.live
 
@@ -85,14 +85,8 @@ def controller(
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[Host]]:
     """Three replica processes, each with a blank replica as `--size` makes it."""
-    made: list[Host] = []
-    try:
-        for index in range(3):
-            made.append(Host(tmp_path / f"r{index}", "--size", SIZE))
-        yield made
-    finally:
-        for host in made:
-            host.kill()
+    with start_hosts(tmp_path, 3, "--size", SIZE) as started:
+        yield started
 
 
 def test_three_replicas_from_the_first_start_to_the_last(tmp_path: Path, hosts: list[Host]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from tests.live.serving import (
     serve,
     tool,
 )
+from tests.loop import require_loop_devices
 
 pytestmark = [pytest.mark.live, pytest.mark.interop]
 
@@ -156,8 +156,7 @@ def test_killed_server_has_everything_it_acknowledged(tmp_path: Path) -> None:
 @contextmanager
 def small_disk(directory: Path, size: str) -> Iterator[Path]:
     """A file system of its own, on a loop device."""
-    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
-        pytest.skip("requires root and loop devices")
+    require_loop_devices()
     image, mounted = directory / "disk.img", directory / "disk"
     mounted.mkdir()
     tool("truncate", "-s", size, str(image))

@@ -26,6 +26,7 @@ from lhblock.device import (
 )
 from lhblock.errors import DeviceBusy, DeviceForeign, NotAttached
 from tests.live.serving import MIB, Serve, cli, cli_json, nbdsh, requires, serve, tool
+from tests.loop import require_loop_devices
 
 pytestmark = [pytest.mark.live, pytest.mark.interop]
 
@@ -185,8 +186,7 @@ def test_holes_are_made_and_found(tmp_path: Path, mountpoint: Path) -> None:
 
 
 def test_a_trimmed_file_system_gives_space_back(tmp_path: Path, mountpoint: Path) -> None:
-    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
-        pytest.skip("requires root and loop devices")
+    require_loop_devices()
     place = tmp_path / "fs"
     place.mkdir()
     with mounted(tmp_path, mountpoint, size=128 * MIB) as served:
@@ -268,8 +268,7 @@ def test_an_unmount_by_somebody_else_is_survived(tmp_path: Path, mountpoint: Pat
 
 
 def test_a_loop_device_carries_a_file_system(tmp_path: Path, mountpoint: Path) -> None:
-    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
-        pytest.skip("requires root and loop devices")
+    require_loop_devices()
     size = 320 * MIB  # the least that mkfs.xfs takes
     with mounted(tmp_path, mountpoint, size=size) as served:
         volume = mountpoint / "db" / "volume"
@@ -288,8 +287,7 @@ def test_a_loop_device_carries_a_file_system(tmp_path: Path, mountpoint: Path) -
 
 
 def test_a_volume_is_attached_through_its_file(tmp_path: Path, mountpoint: Path) -> None:
-    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
-        pytest.skip("requires root and loop devices")
+    require_loop_devices()
     host = Host(run=tmp_path / "run")
     data, place = tmp_path / "data", tmp_path / "fs"
     place.mkdir()

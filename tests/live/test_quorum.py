@@ -10,22 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.live.hosts import SIZE, Host, options, rows, start_hosts, wait_modes
 from tests.live.serving import TIMEOUT_S, Serve, ToolFailed, cli, cli_json, nbdsh, serve
-from tests.live.test_remote_replicas import SIZE, Host, options, rows, wait_modes
 
 pytestmark = pytest.mark.live
 
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[Host]]:
-    made: list[Host] = []
-    try:
-        for index in range(3):
-            made.append(Host(tmp_path / f"r{index}"))
-        yield made
-    finally:
-        for host in made:
-            host.kill()
+    with start_hosts(tmp_path, 3) as started:
+        yield started
 
 
 def kill_at_once(served: Serve, hosts: list[Host]) -> None:

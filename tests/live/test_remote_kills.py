@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.live.hosts import Host, options, wait_modes
 from tests.live.serving import TIMEOUT_S, TOOL_ENVIRONMENT, Serve, command, nbdsh, serve
-from tests.live.test_remote_replicas import Host, options, wait_modes
 from tests.model.volumes import VolumeFiles
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]

@@ -6,9 +6,10 @@ from ._backing import Backing, choose_backing
 from ._chap import Chap, read_chap
 from ._daemon import Tgt, keep_tgtd, share_tgtd, shared_backing
 from ._exports import UnitExports
-from ._plan import IQN_PREFIX, Plan, TargetPlan, UnitPlan, check_allowed, target_name
+from ._plan import FIRST_LUN, IQN_PREFIX, Plan, TargetPlan, UnitPlan, check_allowed, target_name
 
 __all__ = [
+    "FIRST_LUN",
     "IQN_PREFIX",
     "Backing",
     "Chap",
