@@ -776,7 +776,8 @@ class NativeVolume(_Handle):
         """Record changes for a replica that is away; return the tracker's id, which is the store's.
 
         A store that the core drops is tracked by itself; this is for one that Python takes out of
-        the set. With 0 a clean tracker begins, for a replica that was away before.
+        the set. With 0 it is a new id. Nothing has changed at first: what the store acknowledged,
+        and may have lost with its host, is not in it.
         """
         out = self._ffi.new("uint64_t *")
         _check("track changes", self._lib.lhb_volume_track(self.raw, store_id, out))

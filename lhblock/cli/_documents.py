@@ -65,6 +65,8 @@ def rebuild_document(message: Any) -> dict[str, Any]:
         "left_s": message.left_s or None,
         "attempts": message.attempts,
         "error": message.error,
+        "compares": message.compares or None,
+        "why": message.why,
     }
 
 
@@ -77,6 +79,8 @@ def describe_rebuild(document: dict[str, Any]) -> str:
         parts.append(f"{format_size(document['rate_bytes_s'])}/s")
     if document["left_s"]:
         parts.append(f"{document['left_s']:.0f} s left")
+    if document["compares"] == "changes":
+        parts.append("only what changed")
     if document["attempts"] > 1:
         parts.append(f"attempt {document['attempts']}")
     if document["error"]:

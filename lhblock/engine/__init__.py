@@ -37,6 +37,7 @@ from lhblock.engine._info import (
 from lhblock.engine._limits import SnapshotLimits
 from lhblock.engine._local_member import LocalMember
 from lhblock.engine._member import LayerDamage, MergeKind
+from lhblock.engine._missed import Witness
 from lhblock.engine._opening import create_replicas
 from lhblock.engine._relay import Relay
 from lhblock.engine._remote_creation import RemoteReplica, greet_replica, uncreate_replica
@@ -85,6 +86,7 @@ __all__ = [
     "VolumeConfig",
     "VolumeMetrics",
     "VolumeStatistics",
+    "Witness",
     "check_size",
     "create_replicas",
     "greet_replica",

@@ -74,6 +74,8 @@ class RebuildInfo:
       left_s: estimated seconds to go, or None.
       attempts: how often it was begun.
       error: why the last attempt ended; "" otherwise.
+      compares: ``changes`` since the replica left, ``everything``, or "" while that is unknown.
+      why: everything is compared although the replica was there while this engine ran.
     """
 
     address: str
@@ -85,6 +87,8 @@ class RebuildInfo:
     left_s: float | None
     attempts: int
     error: str
+    compares: Literal["", "changes", "everything"]
+    why: str
 
 
 @dataclass(frozen=True)

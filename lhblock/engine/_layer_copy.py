@@ -7,7 +7,7 @@ it was synced. The layer stays what it is meanwhile: merges leave both replicas 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,12 +42,19 @@ class CopyPlan:
     same_data: bool
 
 
-def plan_copy(source: Member, target: Member, image: str) -> CopyPlan:
-    """Look at both files. Blocking."""
+def plan_copy(
+    source: Member, target: Member, image: str, *, only: Collection[int] | None = None
+) -> CopyPlan:
+    """Look at both files. Blocking.
+
+    Args:
+      only: units that may differ; None if that is unknown.
+    """
     theirs, ours = source.occupied_units(image), target.occupied_units(image)
     sizes, our_sizes = source.layer_sizes(), target.layer_sizes()
     size_bytes = sizes[image].image_bytes
-    wanted = sorted(offset for offset in {*theirs, *ours} if offset < size_bytes)
+    occupied = {*theirs, *ours} if only is None else {*theirs, *ours}.intersection(only)
+    wanted = sorted(offset for offset in occupied if offset < size_bytes)
     checksum = source.checksum(image)
     return CopyPlan(
         offsets_bytes=wanted,
@@ -150,21 +157,24 @@ class LayerCopy:
                     return
                 self._under_way.add(batch[0])
                 try:
-                    await run_copy(self._copy_batch, unit, batch)
+                    copied_bytes = await run_copy(self._copy_batch, unit, batch)
                 finally:
                     self._under_way.discard(batch[0])
+                self.copied_bytes += copied_bytes  # here, where no other stream is in between
                 advanced(len(batch))
                 if begin // NOTE_UNITS != (begin + BATCH_UNITS) // NOTE_UNITS:
                     async with self._noting:  # one file, one writer
                         await run_copy(self._note, self.done_before_bytes, note)
 
-    def _copy_batch(self, unit: NativeUnit, batch: Sequence[int]) -> None:
+    def _copy_batch(self, unit: NativeUnit, batch: Sequence[int]) -> int:
+        copied_bytes = 0
         for offset in self._differing_shapes(unit, batch) if self._plan.same_data else batch:
             self._source.read_unit(self._image, offset, unit)
             self._hashes[offset] = unit.hash()
-            self.copied_bytes += self._target.write_unit(
+            copied_bytes += self._target.write_unit(
                 self._image, offset, unit, empty=offset in self._plan.empty
             )
+        return copied_bytes
 
     def _differing_shapes(self, unit: NativeUnit, batch: Sequence[int]) -> list[int]:
         theirs, ours = (

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, Protocol, TypeAlias
 from lhblock._native import Extent, NativePeer, NativeStore, NativeUnit, NativeVolume
 from lhblock.engine._alignment import Alignment
 from lhblock.engine._limits import SnapshotUsage
+from lhblock.engine._missed import Missed, Witness
 from lhblock.errors import ReplicaError
 from lhblock.replica import ChecksumRecord, Disk, Generation, LayerStamp, RebuildProgress
 
@@ -104,6 +105,7 @@ class Member(ABC):
       state: see :class:`MemberState`; only the replica set and the opening change it.
       error: why it is not usable; "" otherwise.
       dropped_by_core: C reported the failure and holds acknowledgements for the fence.
+      missed: since it left, if it took part before; only the replica set changes it.
       exclusive: nobody else can open it while this process lives, whatever else fails.
       merges_itself: removed layers are its own business.
     """
@@ -117,6 +119,7 @@ class Member(ABC):
         self.state = MemberState.LEFT
         self.error = ""
         self.dropped_by_core = False
+        self.missed: Missed | None = None
         self._last_counter = 0
 
     # ---- What is known of it without asking.
@@ -171,6 +174,14 @@ class Member(ABC):
     @abstractmethod
     def why_failed(self, error: int, offset_bytes: int) -> str:
         """What to say of a failure of the store that the core reported; ``error`` is an errno."""
+
+    def is_out_of_touch(self) -> bool:
+        """Whether a failure that the core reported says nothing of its disk, only of the way."""
+        return False
+
+    def witness(self) -> Witness | None:
+        """What its host says of itself, as far as it is known; does not wait for another host."""
+        return None
 
     @property
     @abstractmethod

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Final
+from functools import partial
+from typing import Final, Literal
 
 import structlog
 import trio
 
 from lhblock._native import UNIT_BYTES, NativeVolume
 from lhblock.engine._agreement import shape_of
-from lhblock.engine._alignment import parents_first, plan_alignment
+from lhblock.engine._alignment import Alignment, parents_first, plan_alignment
 from lhblock.engine._clock import utc_now
 from lhblock.engine._config import RebuildOptions
 from lhblock.engine._info import RebuildInfo, RebuildPhase
 from lhblock.engine._layer_copy import LayerCopy, plan_copy
 from lhblock.engine._member import Member, MemberState, sentence
+from lhblock.engine._missed import units_of
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._snapshots import SnapshotTree
 from lhblock.engine._threads import run_copy, run_metadata
@@ -68,6 +70,8 @@ class _Work:
     copied_bytes: int = 0
     source: str = ""
     error: str = ""
+    compares: Literal["", "changes", "everything"] = ""
+    why: str = ""
     refused: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
@@ -217,6 +221,7 @@ class Rebuilder:
         work.scope, work.ended = trio.CancelScope(), trio.Event()
         work.attempts += 1
         work.done_bytes = work.total_bytes = work.copied_bytes = 0
+        work.compares = work.why = ""
         work.began_s = trio.current_time()
         failure: Exception | None = None
         try:
@@ -245,6 +250,7 @@ class Rebuilder:
                 "replica rebuilt",
                 volume=self._name,
                 replica=member.address,
+                compared=work.compares,
                 copied_bytes=work.copied_bytes,
                 took_s=round(trio.current_time() - work.began_s, 3),
             )
@@ -325,6 +331,8 @@ class Rebuilder:
             replica=member.address,
             source=work.source,
             layers=len(frozen),
+            compares=work.compares,
+            why=work.why or None,
         )
         await self._copy_layers(work, source, [disk.name for disk in parents_first(frozen)])
         work.phase = "finishing"
@@ -352,14 +360,19 @@ class Rebuilder:
                 image: known[head.name if image == newest.name else image].image_bytes
                 for image in frozen
             }
+            ours = member.records
+            alignment = plan_alignment(frozen, chain, ours.disks, ours.head)
+            self._choose(work, alignment, same_size=ours.size_bytes == size_bytes)
             member.align(
-                plan_alignment(frozen, chain, member.records.disks, member.records.head),
+                alignment,
                 frozen,
                 newest=newest.name,
                 sizes=sizes,
                 size_bytes=size_bytes,
                 created=created,
             )
+            if member.missed is not None:
+                member.missed.aligned(alignment)
             member.open_store(write_only=True)
 
         await run_metadata(prepare)
@@ -367,6 +380,34 @@ class Rebuilder:
             name, labels={}, user_created=False, created=created, joining=member
         )
         return frozen
+
+    def _choose(self, work: _Work, alignment: Alignment, *, same_size: bool) -> None:
+        """Whether what changed since the replica left is all that it may lack."""
+        member = work.member
+        missed = member.missed
+        work.compares = "everything"
+        if missed is None:
+            return
+        if work.force:
+            missed.doubt = missed.doubt or "it is overwritten by force"
+        ours = member.records
+        work.why = missed.look_again(
+            ours.disks, ours.head.name, alignment, member.witness(), same_size=same_size
+        )
+        if not work.why:
+            work.compares = "changes"
+
+    def _changed_units(self, work: _Work) -> Mapping[str, Collection[int]]:
+        """Of the layers that the target had when it left: the units that may differ."""
+        missed = work.member.missed
+        if work.compares != "changes" or missed is None:
+            return {}
+        extents = self._native.dirty_extents(missed.tracker_id)
+        if extents is None:
+            missed.doubt = work.why = "there was no memory to record what changed"
+            work.compares = "everything"
+            return {}
+        return dict.fromkeys(missed.images, units_of(extents))
 
     # ---- Steps 3 and 4: the layers.
 
@@ -391,11 +432,13 @@ class Rebuilder:
         if progress.source != source.generation.replica_id:
             progress = RebuildProgress(source=source.generation.replica_id)
         throttle = Throttle(self._options.rate_bytes_s, self._foreground)
+        changed = self._changed_units(work)
         plans = {}
         for image in images:
             check()
             if not await run_copy(_is_done, source, member, image, progress):
-                plans[image] = await run_copy(plan_copy, source, member, image)
+                look = partial(plan_copy, source, member, image, only=changed.get(image))
+                plans[image] = await run_copy(look)
         work.total_bytes = sum(2 * len(p.offsets_bytes) * UNIT_BYTES for p in plans.values())
 
         def advanced(units: int) -> None:
@@ -418,6 +461,8 @@ class Rebuilder:
                 stamp: LayerStamp = stamp,
                 done: RebuildProgress = progress,
             ) -> None:
+                if image in changed:
+                    return
                 member.write_progress(
                     replace(done, partial=image, partial_source=stamp, partial_bytes=before_bytes)
                 )
@@ -438,7 +483,8 @@ class Rebuilder:
                 # What an attempt before has left may be the reason: the next one starts anew.
                 await run_copy(member.forget_progress)
                 raise
-            progress = await run_copy(_note_done, source, member, image, progress)
+            if image not in changed:  # else the rest of it was not looked at
+                progress = await run_copy(_note_done, source, member, image, progress)
 
     def _foreground(self) -> tuple[int, int]:
         totals = self._native.statistics()
@@ -492,6 +538,8 @@ def _describe(work: _Work) -> RebuildInfo:
         left_s=round(left_bytes / rate_bytes_s, 1) if rate_bytes_s > 0 else None,
         attempts=work.attempts,
         error=work.error,
+        compares=work.compares,
+        why=work.why,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -31,6 +32,7 @@ from lhblock.engine import wire
 from lhblock.engine._alignment import Alignment
 from lhblock.engine._config import RemoteLimits
 from lhblock.engine._member import LayerDamage, LayerSize, Member, MergeKind, Store
+from lhblock.engine._missed import Witness
 from lhblock.engine._peer_client import EngineIdentity, PeerClient
 from lhblock.engine._unit_connection import UnitConnection
 from lhblock.errors import LhblockError, ReplicaIO, ReplicaUnreachable
@@ -56,6 +58,10 @@ _ENDS: Final[Mapping[PeerEnd, str]] = {
     PeerEnd.BAD_LENGTH: "it sent a reply of a wrong length",
     PeerEnd.GOODBYE: "it took its leave",
 }
+_OUT_OF_TOUCH: Final = frozenset(
+    {PeerEnd.SOCKET_ERROR, PeerEnd.EOF, PeerEnd.MID_REPLY, PeerEnd.TIMEOUT, PeerEnd.GOODBYE}
+)
+"""Ends that say nothing of what the replica has on its disk."""
 
 
 class RemoteMember(Member):
@@ -88,6 +94,7 @@ class RemoteMember(Member):
         self._volume = volume
         self._client: PeerClient | None = None
         self._hello = pb.PeerHello()
+        self._hello_s = 0.0
         self._records: wire.RemoteRecords | None = None
         self._sizes: dict[str, LayerSize] = {}
         self._peer: NativePeer | None = None
@@ -118,6 +125,15 @@ class RemoteMember(Member):
 
     def why_failed(self, error: int, offset_bytes: int) -> str:
         return why_peer_failed(self.store, self._limits, error, offset_bytes)
+
+    def is_out_of_touch(self) -> bool:
+        return PeerEnd(self.store.statistics().end_reason) in _OUT_OF_TOUCH
+
+    def witness(self) -> Witness | None:
+        hello = self._hello
+        if not hello.boot_id:
+            return None  # an older lhblock
+        return Witness(hello.boot_id, hello.mount, hello.up_s, self._hello_s)
 
     @property
     def switched(self) -> bool:
@@ -160,6 +176,7 @@ class RemoteMember(Member):
             client = PeerClient(self.place, self._identity, self._limits, self._volume)
             try:
                 self._hello = client.call("Hello")
+                self._hello_s = time.clock_gettime(time.CLOCK_BOOTTIME)
             except BaseException:
                 client.close()
                 raise

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Final, TypeVar
 
@@ -30,6 +30,7 @@ from lhblock._native import NativeVolume, StoreMode
 from lhblock.engine._generations import leave_behind, let_in
 from lhblock.engine._info import ReplicaInfo, ReplicaMode, VolumeState
 from lhblock.engine._member import Member, MemberState, Store, sentence
+from lhblock.engine._missed import Missed
 from lhblock.engine._threads import run_fence, run_metadata
 from lhblock.errors import (
     LhblockError,
@@ -39,6 +40,7 @@ from lhblock.errors import (
     ReplicaIO,
     ReplicaLocked,
     ReplicaStale,
+    ReplicaUnreachable,
     VolumeBusy,
     VolumeFaulted,
 )
@@ -183,11 +185,14 @@ class ReplicaSet:
             *((member.store, StoreMode.WO) for member in self.rebuilding),
         ]
 
-    def note_failure(self, member: Member, reason: str, *, by_core: bool = False) -> bool:
+    def note_failure(
+        self, member: Member, reason: str, *, by_core: bool = False, out_of_touch: bool = False
+    ) -> bool:
         """Mark a member as failing, unless it is the last one. :meth:`fence` must follow.
 
         Args:
           by_core: C reported it and holds acknowledgements.
+          out_of_touch: it could not be reached, which says nothing of its disk.
 
         Returns:
           Whether it was marked.
@@ -202,9 +207,29 @@ class ReplicaSet:
         member.state = MemberState.FAILING
         member.error = reason
         member.dropped_by_core = by_core
+        records = member.records
+        member.missed = Missed(
+            tracker_id=member.store.id,
+            images=frozenset(name for name, disk in records.disks.items() if not disk.is_head),
+            head=records.head.name,
+            witness=member.witness(),
+            doubt="" if out_of_touch else "its failure may be that of its disk",
+        )
         self.failures += 1
         log.error("replica failed", volume=self._name, replica=member.address, reason=reason)
         return True
+
+    def doubt_missed(self, reason: str) -> None:
+        """What members that take no part lack is more than the core recorded."""
+        for member in self.members:
+            if member.state is not MemberState.USABLE and member.missed is not None:
+                member.missed.doubt = member.missed.doubt or reason
+
+    def _forget_missed(self, member: Member) -> None:
+        missed, member.missed = member.missed, None
+        if missed is not None:
+            with suppress(NativeError):  # there was no room for a map
+                self._native.untrack(missed.tracker_id)
 
     def lose_rebuilding(self, member: Member, reason: str, *, by_core: bool = False) -> None:
         """A member that is being rebuilt cannot go on. Nobody believed it, so nothing is fenced.
@@ -277,7 +302,11 @@ class ReplicaSet:
         if self._agreed(have.union(agreed)):
             self._committed = frozenset(next(iter(made.values())).members)
         for member, error in errors.items():
-            self.note_failure(member, f"cannot record a new generation: {sentence(error)}")
+            self.note_failure(
+                member,
+                f"cannot record a new generation: {sentence(error)}",
+                out_of_touch=isinstance(error, ReplicaUnreachable),
+            )
         return not errors
 
     async def _give_generation(self, member: Member) -> None:
@@ -310,6 +339,7 @@ class ReplicaSet:
                 member.error = f"cannot record that it is complete: {sentence(error)}"
                 raise
             member.finish_promotion()
+            self._forget_missed(member)
             member.state = MemberState.USABLE
             member.error = ""
             member.dropped_by_core = False
@@ -349,6 +379,7 @@ class ReplicaSet:
                 self.lose_rebuilding(member, "removed")
             await self.withdraw()
             self.check()
+            self._forget_missed(member)
             self.members.remove(member)
 
     def fault(self, reason: str) -> None:
@@ -600,6 +631,10 @@ class ReplicaSet:
                     ) from errors[first]
                 raise errors[first]
             for member, error in errors.items():
-                self.note_failure(member, f"failed while {during}: {sentence(error)}")
+                self.note_failure(
+                    member,
+                    f"failed while {during}: {sentence(error)}",
+                    out_of_touch=isinstance(error, ReplicaUnreachable),
+                )
             await self.fence()
         return results

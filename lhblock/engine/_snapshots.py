@@ -281,6 +281,8 @@ class SnapshotTree:
                     if any(member.switched for member in prepared):
                         self._replicas.fault(f"a revert could not be carried through: {error}")
                     raise
+                finally:
+                    self._replicas.doubt_missed("the volume was reverted")
                 for member in done:
                     await run_metadata(member.release_replaced)
         assert size_bytes == self._native.size_bytes

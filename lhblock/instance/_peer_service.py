@@ -27,6 +27,7 @@ from lhblock.engine import (
     LocalMember,
     MergeKind,
     NativeUnit,
+    Witness,
     run_copy,
     run_fence,
     wire,
@@ -262,6 +263,7 @@ class PeerService:
             if state == "closed":
                 blank = await self._replica.is_blank()
         data = self._data()
+        witness = await trio.to_thread.run_sync(_witness, self._replica.path)
         return pb.PeerHello(
             version=__version__,
             state=state,
@@ -271,6 +273,9 @@ class PeerService:
             data_port=data.port,
             volume_name=self._volume,
             blank=blank,
+            boot_id=witness.boot_id,
+            mount=witness.mount,
+            up_s=witness.up_s,
         )
 
     async def _create(self, request: pb.PeerCreate, _call: Call) -> Message:
@@ -525,3 +530,10 @@ def _hash_units(member: LocalMember, request: pb.PeerHashUnits) -> Message:
             _image(member, request.image), offsets, unit, shape_only=request.shape_only
         )
     return pb.PeerHashes(hashes=hashes)
+
+
+def _witness(directory: Path) -> Witness:
+    try:
+        return Witness.of(directory)
+    except OSError:  # there is no directory yet
+        return Witness("", "", 0.0, 0.0)

@@ -242,6 +242,8 @@ def _rebuild(info: RebuildInfo) -> pb.Rebuild:
         left_s=info.left_s or 0.0,
         attempts=info.attempts,
         error=info.error,
+        compares=info.compares,
+        why=info.why,
     )
 
 

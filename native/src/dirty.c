@@ -249,7 +249,6 @@ lhb_trackers_mark (struct lhb_trackers *trackers, uint64_t id,
 
 /* ---- For Python. */
 
-/* The store may have lost what it had not synced, wherever that was. */
 int
 lhb_volume_track (lhb_volume *volume, uint64_t store_id,
                   uint64_t *tracker_id_out)
@@ -259,8 +258,6 @@ lhb_volume_track (lhb_volume *volume, uint64_t store_id,
 
   if (err == -EEXIST)
     err = 0;
-  else if (err == 0 && store_id != 0)
-    err = lhb_trackers_mark (&volume->trackers, id, 0, UINT64_MAX);
   *tracker_id_out = id;
   return err;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -94,6 +95,29 @@ def test_killed_replica_comes_back_and_no_client_notices(
             wait_modes(data, "RW", "RW", "RW")
         assert failures == []
         assert served.stop()[0] == 0
+    for host in hosts:
+        host.kill()
+    assert_alike([hosts[0].path, hosts[1].path, local], image)
+
+
+def test_killed_replica_is_given_what_it_missed_and_no_more(
+    tmp_path: Path, hosts: list[Host], image: Path
+) -> None:
+    data, local = tmp_path / "data", tmp_path / "local"
+    with serve(data, "db", "--size", SIZE, *options(hosts, local)) as served:
+        tool("nbdcopy", str(image), served.uri())
+        hosts[0].kill()
+        # 16 pieces of a granule of the map, far from each other.
+        writes = [f"h.pwrite(os.urandom(65536), {at} << 21)" for at in range(16)]
+        nbdsh(served.uri(), "import os", *writes, "h.flush()")
+        hosts[0].start()
+        wait_modes(data, "RW", "RW", "RW")
+        tool("nbdcopy", served.uri(), str(image))
+        code, log = served.stop()
+    assert code == 0
+    (line,) = [line for line in map(json.loads, log.splitlines()) if "compared" in line]
+    assert line["compared"] == "changes"
+    assert line["copied_bytes"] == 16 * 65536
     for host in hosts:
         host.kill()
     assert_alike([hosts[0].path, hosts[1].path, local], image)

@@ -24,21 +24,40 @@ class ReplicaHost:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._served: dict[Path, RemoteAddress] = {}
+        self._scopes: dict[Path, trio.CancelScope] = {}
+        self._ended: dict[Path, trio.Event] = {}
 
     async def serve(self, options: ReplicaOptions) -> RemoteAddress:
         """The address of a replica, which is served from now on if it was not."""
         if options.path not in self._served:
-            self._served[options.path] = await self._nursery.start(_serve, options)
+            self._served[options.path] = await self._nursery.start(self._serve, options)
         return self._served[options.path]
 
+    async def stop(self, path: Path) -> None:
+        """The process of a replica ends, without a word to its engine."""
+        self._scopes[path].cancel()
+        await self._ended[path].wait()
 
-async def _serve(options: ReplicaOptions, *, task_status: trio.TaskStatus[RemoteAddress]) -> None:
-    def on_ready(report: ReplicaReady) -> None:
-        address = parse_replica(f"tcp://{report.control}", Path())
-        assert isinstance(address, RemoteAddress)
-        task_status.started(address)
+    async def start(self, path: Path) -> None:
+        """Again, where it was."""
+        at = self._served[path]
+        options = replace(options_for(path), listen=Listen(at.host, at.port))
+        assert await self._nursery.start(self._serve, options) == at
 
-    await serve_replica(options, on_ready)
+    async def _serve(
+        self, options: ReplicaOptions, *, task_status: trio.TaskStatus[RemoteAddress]
+    ) -> None:
+        def on_ready(report: ReplicaReady) -> None:
+            address = parse_replica(f"tcp://{report.control}", Path())
+            assert isinstance(address, RemoteAddress)
+            task_status.started(address)
+
+        self._scopes[options.path], self._ended[options.path] = trio.CancelScope(), trio.Event()
+        try:
+            with self._scopes[options.path]:
+                await serve_replica(options, on_ready)
+        finally:
+            self._ended[options.path].set()
 
 
 @asynccontextmanager

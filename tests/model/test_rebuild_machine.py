@@ -225,6 +225,19 @@ class RebuildMachine(RuleBasedStateMachine):
             self.add()
             self.change("write", 5 * BLOCK + 7, 2 * BLOCK, 1 + self.made, True)
 
+    @rule(choice=st.integers(0, 5), offset=offsets, length=lengths, snapshot=st.booleans())
+    def go_and_come(self, choice: int, offset: int, length: int, snapshot: bool) -> None:
+        """The process of a replica ends, misses something, and is started again."""
+        self.call(self.settle)
+        path = self.paths[choice % len(self.paths)]
+        if self.files is None or len(self.paths) < 2 or not self.call(self.files.stop, path):
+            return
+        self.change("write", offset, length, 7, False)
+        if snapshot:
+            self.snapshot()
+        self.change("trim", offset // 2, length, 0, True)
+        self.call(self.files.start, path)
+
     @rule()
     def restart(self) -> None:
         async def restart() -> None:

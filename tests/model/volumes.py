@@ -122,6 +122,19 @@ class VolumeFiles:
         assert self._host is not None
         return await self._host.serve(options_for(path))
 
+    async def stop(self, path: Path) -> bool:
+        """End the process of a replica of the open volume, if it has one."""
+        if isinstance(await self.place_of(path), Path):
+            return False
+        assert self._host is not None
+        await self._host.stop(path)
+        return True
+
+    async def start(self, path: Path) -> None:
+        """Start it again."""
+        assert self._host is not None
+        await self._host.start(path)
+
     async def contents(self) -> list[bytes]:
         """What each replica holds, read one by one. The volume is closed."""
         found = []

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PeerHello(_message.Message):
-    __slots__ = ("version", "state", "size_bytes", "data_protocol", "data_socket", "data_port", "volume_name", "blank")
+    __slots__ = ("version", "state", "size_bytes", "data_protocol", "data_socket", "data_port", "volume_name", "blank", "boot_id", "mount", "up_s")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,9 @@ class PeerHello(_message.Message):
     DATA_PORT_FIELD_NUMBER: _ClassVar[int]
     VOLUME_NAME_FIELD_NUMBER: _ClassVar[int]
     BLANK_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    MOUNT_FIELD_NUMBER: _ClassVar[int]
+    UP_S_FIELD_NUMBER: _ClassVar[int]
     version: str
     state: str
     size_bytes: int
@@ -25,7 +28,10 @@ class PeerHello(_message.Message):
     data_port: int
     volume_name: str
     blank: bool
-    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., data_protocol: _Optional[str] = ..., data_socket: _Optional[str] = ..., data_port: _Optional[int] = ..., volume_name: _Optional[str] = ..., blank: _Optional[bool] = ...) -> None: ...
+    boot_id: str
+    mount: str
+    up_s: float
+    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., data_protocol: _Optional[str] = ..., data_socket: _Optional[str] = ..., data_port: _Optional[int] = ..., volume_name: _Optional[str] = ..., blank: _Optional[bool] = ..., boot_id: _Optional[str] = ..., mount: _Optional[str] = ..., up_s: _Optional[float] = ...) -> None: ...
 
 class PeerCreate(_message.Message):
     __slots__ = ("size_bytes", "generation", "encrypted")

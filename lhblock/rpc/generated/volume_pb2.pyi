@@ -84,7 +84,7 @@ class Replica(_message.Message):
     def __init__(self, address: _Optional[str] = ..., mode: _Optional[str] = ..., error: _Optional[str] = ..., generation: _Optional[int] = ..., rebuild: _Optional[_Union[Rebuild, _Mapping]] = ..., lag: _Optional[int] = ...) -> None: ...
 
 class Rebuild(_message.Message):
-    __slots__ = ("phase", "source", "done_bytes", "total_bytes", "rate_bytes_s", "left_s", "attempts", "error")
+    __slots__ = ("phase", "source", "done_bytes", "total_bytes", "rate_bytes_s", "left_s", "attempts", "error", "compares", "why")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +93,8 @@ class Rebuild(_message.Message):
     LEFT_S_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    COMPARES_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     phase: str
     source: str
     done_bytes: int
@@ -101,7 +103,9 @@ class Rebuild(_message.Message):
     left_s: float
     attempts: int
     error: str
-    def __init__(self, phase: _Optional[str] = ..., source: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., rate_bytes_s: _Optional[int] = ..., left_s: _Optional[float] = ..., attempts: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    compares: str
+    why: str
+    def __init__(self, phase: _Optional[str] = ..., source: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., rate_bytes_s: _Optional[int] = ..., left_s: _Optional[float] = ..., attempts: _Optional[int] = ..., error: _Optional[str] = ..., compares: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class ReplicaAddRequest(_message.Message):
     __slots__ = ("address", "force", "rebuild")
