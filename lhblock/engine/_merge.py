@@ -20,7 +20,7 @@ from lhblock.engine._info import JobInfo
 from lhblock.engine._member import Member, MemberState, MergeKind, sentence
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._threads import run_metadata
-from lhblock.errors import LhblockError, NativeError, VolumeError
+from lhblock.errors import LhblockError, NativeError, ReplicaUnreachable, VolumeError
 from lhblock.replica import Disk
 
 log = structlog.get_logger(__name__)
@@ -230,10 +230,12 @@ class Merger:
     async def _failed(self, member: Member, error: LhblockError | OSError) -> None:
         reason = f"merging a removed snapshot failed on {member.address}: {sentence(error)}"
         log.error("merge failed", volume=self._name, replica=member.address, reason=reason)
-        self._error = reason
         full = isinstance(error, NativeError | OSError) and error.errno == errno.ENOSPC
-        if not full and self._replicas.note_failure(member, reason):
+        lost = isinstance(error, ReplicaUnreachable)
+        if not full and self._replicas.note_failure(member, reason, out_of_touch=lost):
             await self._replicas.withdraw()
+        if member.state is MemberState.USABLE:
+            self._error = reason  # else the others merge, and it is left behind
 
     async def _carry_out(self, member: Member, merge: Merge) -> bool:
         """Do one merge. False: it has to wait, and others may be tried."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import structlog.testing
+import trio
 
 from lhblock.engine import RebuildOptions, Volume, Witness
+from lhblock.engine._remote_member import RemoteMember
 from tests.model.test_volume_rebuild import assert_alike, contents_of, modes, patience, scribble
 from tests.model.volumes import BLOCK, VolumeFiles, until
 
@@ -108,6 +111,31 @@ async def test_twice_in_a_row_and_with_merges(files: VolumeFiles) -> None:
             await replica.volume.create_snapshot(f"m{number}")
             assert (await replica.come_back())["compares"] == "changes"
             await replica.volume.wait_merged()
+
+
+async def test_merge_on_a_replica_that_goes_away_is_the_business_of_the_others(
+    files: VolumeFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for it is told of no failure: the replica is left behind, and gets it later."""
+    step = RemoteMember.merge_step
+    reached = threading.Event()
+
+    def step_into_nothing(member: RemoteMember, *arguments: Any) -> bool:
+        reached.set()
+        assert gone.wait(10)
+        return step(member, *arguments)
+
+    gone = threading.Event()
+    async with away(files) as replica:
+        monkeypatch.setattr(RemoteMember, "merge_step", step_into_nothing)
+        await replica.volume.create_snapshot("more")
+        await replica.volume.remove_snapshot("old")
+        await trio.to_thread.run_sync(reached.wait, 10)
+        assert await files.stop(replica.path)
+        gone.set()
+        await replica.volume.wait_merged()
+        assert [info.name for info in replica.volume.snapshots()] == ["more"]
+        await replica.come_back()
 
 
 @pytest.mark.parametrize("what", ["reverted", "expanded", "snapshots", "booted"])
