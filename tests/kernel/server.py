@@ -17,10 +17,15 @@ VOLUME_MIB = 320
 
 
 class Server:
-    """``lhblock serve`` of one volume that can be killed and started again behind one socket."""
+    """``lhblock serve`` of one volume that can be killed and started again behind one socket.
 
-    def __init__(self, listener: socket.socket, data_dir: Path) -> None:
+    Args:
+      arguments: of ``serve``, besides the size and the data directory.
+    """
+
+    def __init__(self, listener: socket.socket, data_dir: Path, *arguments: str) -> None:
         self._listener = listener
+        self._arguments = arguments
         self.data_dir = data_dir
         self.port = listener.getsockname()[1]
         self.uri = f"nbd://{HOST}:{self.port}/{VOLUME}"
@@ -34,6 +39,7 @@ class Server:
                 *(sys.executable, "-c", LAUNCHER, str(fd)),
                 *(sys.executable, "-m", "lhblock", "serve", VOLUME, "--json"),
                 *("--size", f"{VOLUME_MIB}M", "--data-dir", str(self.data_dir)),
+                *self._arguments,
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -48,6 +54,12 @@ class Server:
         """SIGKILL, and everything of it is gone."""
         self._process.kill()
         self._process.communicate()
+
+    def stop(self) -> None:
+        """SIGTERM, and it ended well."""
+        self._process.terminate()
+        self._process.communicate()
+        assert self._process.returncode == 0
 
     def restart(self) -> None:
         self.kill()

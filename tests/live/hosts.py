@@ -61,14 +61,14 @@ def options(hosts: list[Host], *local: Path) -> list[str]:
     return [word for place in places for word in ("--replica", place)]
 
 
-def rows(data_dir: Path) -> dict[str, Any]:
-    return {row["path"]: row for row in cli_json(data_dir, "replica", "ls", "db")["replicas"]}
+def rows(data_dir: Path, volume: str = "db") -> dict[str, Any]:
+    return {row["path"]: row for row in cli_json(data_dir, "replica", "ls", volume)["replicas"]}
 
 
-def wait_modes(data_dir: Path, *wanted: str) -> dict[str, Any]:
+def wait_modes(data_dir: Path, *wanted: str, volume: str = "db") -> dict[str, Any]:
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        found = rows(data_dir)
+        found = rows(data_dir, volume)
         if [row["mode"] for row in found.values()] == list(wanted):
             return found
         assert time.monotonic() < deadline, found
