@@ -33,13 +33,13 @@ class Witness:
 
     Attributes:
       boot_id: the kernel's, another one after every boot.
-      mount: which mount the directory lies on.
+      place: the directory itself and the mount that it lies on; a copy is another one.
       up_s: the host's time since boot, suspended or not.
       seen_s: ours when it was asked.
     """
 
     boot_id: str
-    mount: str
+    place: str
     up_s: float
     seen_s: float
 
@@ -51,17 +51,19 @@ class Witness:
         try:
             lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
             mount = "".join(line.split()[1] for line in lines if line.startswith("mnt_id:"))
-            device = os.fstat(fd).st_dev
+            state = os.fstat(fd)
         finally:
             os.close(fd)
-        return cls(_BOOT_ID.read_text().strip(), f"{device}:{mount}", now_s, now_s)
+        return cls(
+            _BOOT_ID.read_text().strip(), f"{state.st_dev}:{state.st_ino}:{mount}", now_s, now_s
+        )
 
     def why_not(self, later: Witness) -> str:
         """Why a host of which this was true may have lost something since; "" if it has not."""
         if self.boot_id != later.boot_id:
             return "its host was started anew"
-        if self.mount != later.mount:
-            return "its directory is on another mount"
+        if self.place != later.place:
+            return "its directory is another one, or on another mount"
         passed_s = later.seen_s - self.seen_s
         if later.up_s - self.up_s < passed_s - CLOCK_SLACK_S - passed_s * CLOCK_DRIFT:
             return "its host's clock was set back or stood still"

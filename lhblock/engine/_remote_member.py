@@ -133,7 +133,7 @@ class RemoteMember(Member):
         hello = self._hello
         if not hello.boot_id:
             return None  # an older lhblock
-        return Witness(hello.boot_id, hello.mount, hello.up_s, self._hello_s)
+        return Witness(hello.boot_id, hello.place, hello.up_s, self._hello_s)
 
     @property
     def switched(self) -> bool:

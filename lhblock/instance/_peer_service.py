@@ -274,7 +274,7 @@ class PeerService:
             volume_name=self._volume,
             blank=blank,
             boot_id=witness.boot_id,
-            mount=witness.mount,
+            place=witness.place,
             up_s=witness.up_s,
         )
 

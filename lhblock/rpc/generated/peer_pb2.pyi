@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PeerHello(_message.Message):
-    __slots__ = ("version", "state", "size_bytes", "data_protocol", "data_socket", "data_port", "volume_name", "blank", "boot_id", "mount", "up_s")
+    __slots__ = ("version", "state", "size_bytes", "data_protocol", "data_socket", "data_port", "volume_name", "blank", "boot_id", "place", "up_s")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -18,7 +18,7 @@ class PeerHello(_message.Message):
     VOLUME_NAME_FIELD_NUMBER: _ClassVar[int]
     BLANK_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
-    MOUNT_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     UP_S_FIELD_NUMBER: _ClassVar[int]
     version: str
     state: str
@@ -29,9 +29,9 @@ class PeerHello(_message.Message):
     volume_name: str
     blank: bool
     boot_id: str
-    mount: str
+    place: str
     up_s: float
-    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., data_protocol: _Optional[str] = ..., data_socket: _Optional[str] = ..., data_port: _Optional[int] = ..., volume_name: _Optional[str] = ..., blank: _Optional[bool] = ..., boot_id: _Optional[str] = ..., mount: _Optional[str] = ..., up_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., data_protocol: _Optional[str] = ..., data_socket: _Optional[str] = ..., data_port: _Optional[int] = ..., volume_name: _Optional[str] = ..., blank: _Optional[bool] = ..., boot_id: _Optional[str] = ..., place: _Optional[str] = ..., up_s: _Optional[float] = ...) -> None: ...
 
 class PeerCreate(_message.Message):
     __slots__ = ("size_bytes", "generation", "encrypted")
