@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -138,7 +139,7 @@ async def test_merge_on_a_replica_that_goes_away_is_the_business_of_the_others(
         await replica.come_back()
 
 
-@pytest.mark.parametrize("what", ["reverted", "expanded", "snapshots", "booted"])
+@pytest.mark.parametrize("what", ["reverted", "expanded", "snapshots", "booted", "replaced"])
 async def test_whoever_doubts_compares_everything(
     files: VolumeFiles, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ async def test_whoever_doubts_compares_everything(
         "expanded": "was expanded",
         "snapshots": "are gone",
         "booted": "started anew",
+        "replaced": "another one",
     }
     async with away(files) as replica:
         volume = replica.volume
@@ -158,6 +160,10 @@ async def test_whoever_doubts_compares_everything(
         elif what == "snapshots":
             await volume.remove_snapshot("old")
             await volume.wait_merged()
+        elif what == "replaced":
+            copy = files.copy_of(1, replica.path.with_name("copy"))
+            shutil.rmtree(replica.path)
+            copy.rename(replica.path)
         elif what == "booted":
             of = Witness.of
             monkeypatch.setattr(Witness, "of", lambda path: replace(of(path), boot_id="another"))
