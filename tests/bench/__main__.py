@@ -16,6 +16,7 @@ from tests.bench.map_memory import map_memory
 from tests.bench.match import Match, play
 from tests.bench.nbdkit_plugin import plugin_contestants
 from tests.bench.ours import LAYERS_DEEP, lhblock, lhblock_deep
+from tests.bench.remote import REMOTE, lhblock_remote
 from tests.bench.settings import BenchSettings
 from tests.bench.workload import POINTS
 
@@ -31,6 +32,11 @@ def matches() -> list[Match]:
             "copies",
             [lhblock("lhblock"), lhblock("lhblock x3", replicas=3)],
             small,
+            image_divisor=3,
+        ),
+        Match(
+            "remote",
+            [nbdkit_file(tcp=True), lhblock("lhblock"), lhblock_remote(REMOTE, replicas=3)],
             image_divisor=3,
         ),
         Match("tcp", [*peers, lhblock("lhblock")], tcp=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,15 @@ class Running:
     name: str
     engine: Sequence[str]  # fio's options
     pid: int | None
+    replica_pids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Replica processes: what the server is told of them, and their numbers."""
+
+    arguments: Sequence[str] = ()
+    pids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,18 @@ class Contestant:
         None for fio on a bare file.
       prepare: called before the server starts, with the same arguments.
       prefilled: `prepare` has written the whole image already; the warm-up only reads.
+      replicas: runs replica processes for as long as the server; their arguments end its command.
+      tcp: clients come over TCP also in a match that is over Unix sockets.
     """
 
     name: str
     command: Callable[[Path, int], Sequence[str | Path]] | None
     prepare: Callable[[Path, int], None] = field(default=lambda directory, bytes_: None)
     prefilled: bool = False
+    replicas: Callable[[Path, int], AbstractContextManager[Replicas]] = field(
+        default=lambda directory, bytes_: nullcontext(Replicas())
+    )
+    tcp: bool = False
 
     @contextmanager
     def start(self, directory: Path, bytes_: int, *, tcp: bool) -> Iterator[Running]:
@@ -58,10 +73,14 @@ class Contestant:
                 None,
             )
             return
-        with _listen(directory, tcp=tcp) as listener:
-            command = self.command(directory, bytes_)
+        with (
+            _listen(directory, tcp=tcp or self.tcp) as listener,
+            self.replicas(directory, bytes_) as replicas,
+        ):
+            command = [*self.command(directory, bytes_), *replicas.arguments]
             with activated(command, listener, directory / "log") as server:
-                yield Running(self.name, nbd_engine(listener, bytes_), server.pid)
+                engine = nbd_engine(listener, bytes_)
+                yield Running(self.name, engine, server.pid, replicas.pids)
 
 
 def _listen(directory: Path, *, tcp: bool) -> socket.socket:
@@ -83,12 +102,13 @@ def make_image(directory: Path, bytes_: int) -> None:
         os.truncate(image.fileno(), bytes_)
 
 
-def nbdkit_file() -> Contestant:
+def nbdkit_file(*, tcp: bool = False) -> Contestant:
     """nbdkit's file plugin, as it comes."""
     return Contestant(
         "nbdkit file",
         lambda directory, _: ["nbdkit", "--foreground", "file", directory / "image"],
         make_image,
+        tcp=tcp,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.bench.iscsi import MODULE, STOCK
+from tests.bench.remote import REMOTE
 
 PEERS = ("nbdkit file", "nbdkit memory", "qemu-nbd")
 
@@ -34,7 +35,7 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     """The goals whose tables were run."""
     return [
         goal
-        for part in (_peers, _copies, _direct, _plugin, _fuse, _iscsi, _depth, _idle, _map)
+        for part in (_peers, _copies, _remote, _direct, _plugin, _fuse, _iscsi, _depth, _idle, _map)
         for goal in part(document)
     ]
 
@@ -67,6 +68,23 @@ def _copies(document: Mapping[str, Any]) -> Iterator[Goal]:
     point = "randwrite-4k-32"
     ratio = _iops(table, "lhblock x3", point) / _iops(table, "lhblock", point)
     yield Goal(f"{point}, three replicas to one", ratio, 0.45)
+
+
+def _remote(document: Mapping[str, Any]) -> Iterator[Goal]:
+    table = document["matches"].get("remote")
+    if table is None:
+        return
+    for point, other, bound in (
+        ("randwrite-4k-32", "nbdkit file", 0.45),
+        ("randwrite-4k-32", "lhblock", 0.35),
+        ("randread-4k-32", "lhblock", 0.8),
+        ("write-1m-8", "lhblock", 0.3),
+    ):
+        ratio = _iops(table, REMOTE, point) / _iops(table, other, point)
+        yield Goal(f"{point}, three remote to {other}", ratio, bound)
+    point = "randwrite-4k-1"
+    ours, one = (table[name][point]["median"]["p50_us"] for name in (REMOTE, "lhblock"))
+    yield Goal(f"{point}, latency of three remote to one", ours / one, 1.6, at_least=False)
 
 
 def _direct(document: Mapping[str, Any]) -> Iterator[Goal]:

@@ -61,7 +61,11 @@ def play(match: Match, settings: BenchSettings) -> Results:
                 for server in running[first:] + running[:first]:
                     os.sync()  # nobody pays for what another has left dirty
                     sample = measure(
-                        point, server.engine, seconds=settings.seconds, server_pid=server.pid
+                        point,
+                        server.engine,
+                        seconds=settings.seconds,
+                        server_pid=server.pid,
+                        replica_pids=server.replica_pids,
                     )
                     results.setdefault((server.name, point.name), []).append(sample)
             print(f"{match.name}: round {round_ + 1} of {settings.rounds}", flush=True)
@@ -71,10 +75,12 @@ def play(match: Match, settings: BenchSettings) -> Results:
 def median(samples: Sequence[Sample]) -> Sample:
     """The median of every figure by itself."""
     cpu = [sample.cpu_us for sample in samples if sample.cpu_us is not None]
+    replicas = [each.replicas_cpu_us for each in samples if each.replicas_cpu_us is not None]
     return Sample(
         iops=statistics.median(sample.iops for sample in samples),
         mib_s=statistics.median(sample.mib_s for sample in samples),
         p50_us=statistics.median(sample.p50_us for sample in samples),
         p99_us=statistics.median(sample.p99_us for sample in samples),
         cpu_us=statistics.median(cpu) if cpu else None,
+        replicas_cpu_us=statistics.median(replicas) if replicas else None,
     )

@@ -23,15 +23,18 @@ def table(match: Match, results: Results) -> str:
         unit = "MiB/s" if point.in_mib_s else "IOPS"
         lines.append(
             f"{point.name:<18}{unit:>10}{'ratio':>8}{'p50 us':>10}{'p99 us':>10}{'cpu us':>9}"
+            f"{'replicas':>10}"
         )
         base = median(results[reference, point.name])
         for contestant in match.contestants:
             sample = median(results[contestant.name, point.name])
             figure = sample.mib_s if point.in_mib_s else sample.iops
             cpu = "-" if sample.cpu_us is None else f"{sample.cpu_us:.1f}"
+            apart = sample.replicas_cpu_us
+            replicas = "" if apart is None else f"{apart:>10.1f}"
             lines.append(
                 f"  {contestant.name:<16}{figure:>10.0f}{sample.iops / base.iops:>8.2f}"
-                f"{sample.p50_us:>10.1f}{sample.p99_us:>10.1f}{cpu:>9}"
+                f"{sample.p50_us:>10.1f}{sample.p99_us:>10.1f}{cpu:>9}{replicas}"
             )
     return "\n".join(lines)
 

@@ -53,6 +53,7 @@ class Sample:
     p50_us: float
     p99_us: float
     cpu_us: float | None  # of the server, per operation; None when there is no server
+    replicas_cpu_us: float | None = None  # of all replica processes together
 
 
 def cpu_seconds(pid: int) -> float:
@@ -62,18 +63,25 @@ def cpu_seconds(pid: int) -> float:
 
 
 def measure(
-    point: Point, engine: Sequence[str], *, seconds: float, server_pid: int | None
+    point: Point,
+    engine: Sequence[str],
+    *,
+    seconds: float,
+    server_pid: int | None,
+    replica_pids: Sequence[int] = (),
 ) -> Sample:
     """Run fio for ``seconds`` and return what it saw.
 
     Args:
       engine: fio's options that say what to talk to.
       server_pid: whose CPU time is counted, over the whole run of fio.
+      replica_pids: whose CPU time is counted apart from it.
 
     Raises:
       RuntimeError: fio failed; its own words are in the message.
     """
     before_s = cpu_seconds(server_pid) if server_pid is not None else 0.0
+    replicas_before_s = sum(map(cpu_seconds, replica_pids))
     report = run_fio(
         [
             *engine,
@@ -89,6 +97,7 @@ def measure(
         timeout_s=seconds + FIO_MARGIN_S,
     )
     after_s = cpu_seconds(server_pid) if server_pid is not None else 0.0
+    replicas_s = sum(map(cpu_seconds, replica_pids)) - replicas_before_s
     side = report["write" if point.is_write else "read"]
     percentiles = side["clat_ns"]["percentile"]
     return Sample(
@@ -97,6 +106,7 @@ def measure(
         p50_us=percentiles["50.000000"] / 1000,
         p99_us=percentiles["99.000000"] / 1000,
         cpu_us=(after_s - before_s) * 1e6 / side["total_ios"] if server_pid is not None else None,
+        replicas_cpu_us=replicas_s * 1e6 / side["total_ios"] if replica_pids else None,
     )
 
 
