@@ -301,8 +301,8 @@ void lhb_volume_close (lhb_volume *volume);
 uint64_t lhb_volume_id (const lhb_volume *volume);
 /* Publish the replica set.  'modes' has an LHB_MODE_* for each store, one of
  * them RW; NULL: all are RW.  Before the first request or with the volume
- * frozen.  -ENOTCONN: a peer among them has ended, or lacks a connection of
- * some queue; the set is what it was. */
+ * frozen.  -ENOTCONN: a peer among them has ended and the volume did not give
+ * up, or one lacks a connection of some queue; the set is what it was. */
 int lhb_volume_publish (lhb_volume *volume, lhb_store **stores,
                         const uint32_t *modes, uint32_t count);
 /* Blocking: waits for all I/O in flight and keeps new I/O waiting. */

@@ -567,6 +567,9 @@ class ReplicaSet:
                         self.publish()
                     except NativeError as error:
                         self.fault(f"the replica set cannot be changed: {error}")
+                        # Now without those that left, though the last one may have ended: who
+                        # waits for that closes their stores.
+                        self.publish()
                     finally:
                         self._native.thaw()
                         self.pause_ns_last = time.monotonic_ns() - begun_ns

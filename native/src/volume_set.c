@@ -35,7 +35,8 @@ has_store (const lhb_volume *volume, const struct lhb_store *store)
 }
 
 /* A peer that ends after this was looked at finds the volume's lock held, and
- * then the new set. */
+ * then the new set.  A volume that gave up acknowledges nothing any more: its
+ * last replica may have ended, or the others could never leave the set. */
 static int
 commit_set (lhb_volume *volume, lhb_store **stores, const uint32_t *modes,
             uint32_t count)
@@ -44,7 +45,8 @@ commit_set (lhb_volume *volume, lhb_store **stores, const uint32_t *modes,
 
   pthread_mutex_lock (&volume->lock);
   for (uint32_t i = 0; i < count; i++)
-    if (stores[i]->peer != NULL && lhb_peer_has_ended (stores[i]->peer))
+    if (stores[i]->peer != NULL && lhb_peer_has_ended (stores[i]->peer)
+        && !atomic_load (&volume->given_up))
       err = -ENOTCONN;
   if (err == 0)
     {

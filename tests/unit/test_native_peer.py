@@ -72,6 +72,29 @@ def test_peer_that_hangs_up_says_so_and_is_not_published_again(engine: NativeEng
         peer.statistics()
 
 
+def test_others_leave_the_set_of_a_volume_that_gave_up_though_the_last_peer_ended(
+    engine: NativeEngine,
+) -> None:
+    with (
+        NativePeer(engine, SIZE_BYTES, PEER_OURS, 1000) as one,
+        NativePeer(engine, SIZE_BYTES, PEER_OURS, 1000) as last,
+        NativeVolume(engine, SIZE_BYTES, 0) as volume,
+    ):
+        ends = [connect(engine, peer) for peer in (one, last)]
+        volume.publish([one, last])
+        for sockets, expected in zip(
+            ends, (EventType.STORE_FAILED, EventType.LAST_PEER_LOST), strict=True
+        ):
+            for end in sockets:
+                end.close()
+            assert wait_event(engine).type == expected
+        with pytest.raises(NativeError):
+            volume.publish([last])
+        volume.give_up()
+        volume.publish([last])
+        one.close()  # which it would not survive in the set
+
+
 def test_set_needs_a_mode_for_each_store_and_one_that_is_read(engine: NativeEngine) -> None:
     with NativePeer(engine, SIZE_BYTES, 0, 1000) as peer:
         ends = connect(engine, peer)
