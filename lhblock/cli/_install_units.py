@@ -18,7 +18,12 @@ from lhblock.errors import LhblockError
 MARK: Final = (
     "# Written by 'lhblock install-units'. Changes belong in drop-ins: systemctl edit UNIT\n"
 )
-UNITS: Final = ("lhblock@.service", "lhblock@.socket", "lhblock-replica@.service")
+UNITS: Final = (
+    "lhblock@.service",
+    "lhblock@.socket",
+    "lhblock-replica@.service",
+    "lhblock-controller@.service",
+)
 # The kernel's devices are root's.
 SYSTEM_UNITS: Final = ("lhblock-attach@.service",)
 HARDENING: Final = "hardening.inc"
@@ -53,6 +58,7 @@ def install_units(app: App, user: bool, directory: Path | None) -> None:
     lhblock@VOLUME.service, .socket   serve a volume; a Unix socket in /run/lhblock
     lhblock-attach@VOLUME.service     its block device, for mounts at boot
     lhblock-replica@NAME.service      a replica for an engine elsewhere
+    lhblock-controller@VOLUME.service an engine that is driven by calls
 
     Units written before are written anew; others of these names are left alone, and it is an
     error.

@@ -22,6 +22,7 @@ SYSTEM = {
     "lhblock@.service",
     "lhblock@.socket",
     "lhblock-replica@.service",
+    "lhblock-controller@.service",
     "lhblock-attach@.service",
 }
 
@@ -86,7 +87,8 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     # Signs that mean something to systemd, where a user may have them.
     run("--dir", tmp_path, "--data-dir", tmp_path / "a b%c$d")
     units = ("lhblock@db.service", "lhblock@db.socket", "lhblock-attach@db.service")
-    done = verify(tmp_path, *units, "lhblock-replica@r1.service")
+    more = ("lhblock-replica@r1.service", "lhblock-controller@db.service")
+    done = verify(tmp_path, *units, *more)
     assert (done.returncode, done.stderr) == (0, "")
 
 
