@@ -54,11 +54,13 @@ def test_a_file_system_lives_through_a_killed_server_and_a_snapshot(
             result first $(cat /tmp/first)
             result second $($attach --mkfs ext4 --mount /mnt --json | tr -d '\\n')
             result refused $(lhblock detach /dev/nbd0 2>&1)
+            dd if=/dev/urandom of=/tmp/piece bs=64k count=1
             ( set +x
               i=0
               while [ ! -e /tmp/stop ]; do
                 i=$((i+1))
-                dd if=/dev/zero of=/mnt/file$i bs=64k count=1 conv=fsync 2>/dev/null &&
+                (echo $i; cat /tmp/piece) |
+                  dd of=/mnt/file$i bs=128k iflag=fullblock conv=fsync 2>/dev/null &&
                   echo $i > /tmp/written || break
               done
               echo $i > /tmp/ended ) &
@@ -83,6 +85,12 @@ def test_a_file_system_lives_through_a_killed_server_and_a_snapshot(
             result ended $(cat /tmp/ended)
             umount /mnt
             e2fsck -f -n /dev/nbd0
+            mount -r /dev/nbd0 /mnt
+            ( set +x; for i in $(seq $(cat /tmp/ended)); do
+                (echo $i; cat /tmp/piece) | cmp -s - /mnt/file$i || echo $i
+              done ) > /tmp/wrong
+            result wrong $(wc -l < /tmp/wrong)
+            umount /mnt
             result live $(blockdev --getro $(lhblock attach {server.uri}@live))
             lhblock detach {server.uri}@live
             lhblock detach /dev/nbd0
@@ -106,6 +114,7 @@ def test_a_file_system_lives_through_a_killed_server_and_a_snapshot(
     }
     assert "/dev/nbd0 is in use, mounted at /mnt" in result.value("refused")
     assert result.value("count") == result.value("ended")
+    assert result.value("wrong") == "0"
     assert result.value("live") == "1"
     assert result.value("left") == "0"
 
