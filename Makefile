@@ -15,7 +15,7 @@ PACKAGES := \
 	fuse3 libfuse3-dev \
 	nbdkit nbdkit-plugin-python gnutls-bin libnbd-bin python3-libnbd qemu-utils fio e2fsprogs xfsprogs zstd \
 	qemu-system-x86 qemu-system-common busybox-static cpio \
-	systemd \
+	systemd iproute2 \
 	tgt libiscsi-bin open-iscsi qemu-block-extra \
 	clang libclang-rt-14-dev
 
