@@ -366,7 +366,8 @@ void lhb_fuse_close (lhb_fuse *fuse);
 
 /* Begin a tracker by hand: for a store that Python is about to take out of the
  * set, as if it were dropped now (it may be tracked already); or, with
- * 'store_id' 0, under a new id.  -ENOSPC: too many. */
+ * 'store_id' 0, under a new id.  -ENOSPC: too many;
+ * -ENOENT: the store was dropped before, and there was no room for its map. */
 int lhb_volume_track (lhb_volume *volume, uint64_t store_id,
                       uint64_t *tracker_id_out);
 int lhb_volume_untrack (lhb_volume *volume, uint64_t tracker_id);

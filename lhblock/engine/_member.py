@@ -175,7 +175,7 @@ class Member(ABC):
     def why_failed(self, error: int, offset_bytes: int) -> str:
         """What to say of a failure of the store that the core reported; ``error`` is an errno."""
 
-    def is_out_of_touch(self) -> bool:
+    def is_out_of_touch(self, error: int) -> bool:
         """Whether a failure that the core reported says nothing of its disk, only of the way."""
         return False
 

@@ -7,6 +7,7 @@ the engine asks for it. Sectors do not come by here: the core has sockets of its
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -62,6 +63,20 @@ _OUT_OF_TOUCH: Final = frozenset(
     {PeerEnd.SOCKET_ERROR, PeerEnd.EOF, PeerEnd.MID_REPLY, PeerEnd.TIMEOUT, PeerEnd.GOODBYE}
 )
 """Ends that say nothing of what the replica has on its disk."""
+_WAYS: Final = frozenset(
+    {
+        errno.ETIMEDOUT,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.EPIPE,
+        errno.ENOTCONN,
+        errno.ESHUTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.ENETDOWN,
+    }
+)
+"""Errors of the way to it."""
 
 
 class RemoteMember(Member):
@@ -126,8 +141,9 @@ class RemoteMember(Member):
     def why_failed(self, error: int, offset_bytes: int) -> str:
         return why_peer_failed(self.store, self._limits, error, offset_bytes)
 
-    def is_out_of_touch(self) -> bool:
-        return PeerEnd(self.store.statistics().end_reason) in _OUT_OF_TOUCH
+    def is_out_of_touch(self, error: int) -> bool:
+        # It may have ended after it had answered with an error of its disk.
+        return error in _WAYS and PeerEnd(self.store.statistics().end_reason) in _OUT_OF_TOUCH
 
     def witness(self) -> Witness | None:
         hello = self._hello

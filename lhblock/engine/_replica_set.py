@@ -219,11 +219,18 @@ class ReplicaSet:
         log.error("replica failed", volume=self._name, replica=member.address, reason=reason)
         return True
 
-    def doubt_missed(self, reason: str) -> None:
-        """What members that take no part lack is more than the core recorded."""
+    def doubt_missed(self, reason: str, *, image: str = "") -> None:
+        """What members that take no part lack is more than the core recorded.
+
+        Args:
+          image: only of those that had this layer when they left.
+        """
         for member in self.members:
-            if member.state is not MemberState.USABLE and member.missed is not None:
-                member.missed.doubt = member.missed.doubt or reason
+            missed = member.missed
+            if member.state is MemberState.USABLE or missed is None:
+                continue
+            if not image or image in missed.images:
+                missed.doubt = missed.doubt or reason
 
     def _forget_missed(self, member: Member) -> None:
         missed, member.missed = member.missed, None
@@ -371,6 +378,7 @@ class ReplicaSet:
         """
         with trio.CancelScope(shield=True):
             self.refuse_removal(member)
+            tracker_id = member.store.id if member.has_store else 0
             if member.state is MemberState.USABLE:
                 member.state = MemberState.FAILING
                 member.error = "removed"
@@ -380,6 +388,8 @@ class ReplicaSet:
             await self.withdraw()
             self.check()
             self._forget_missed(member)
+            with suppress(NativeError):  # it has none, or that was it
+                self._native.untrack(tracker_id)
             self.members.remove(member)
 
     def fault(self, reason: str) -> None:

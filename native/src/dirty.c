@@ -249,17 +249,37 @@ lhb_trackers_mark (struct lhb_trackers *trackers, uint64_t id,
 
 /* ---- For Python. */
 
+/* With the volume's lock. */
+static bool
+was_dropped (const lhb_volume *volume, uint64_t store_id)
+{
+  for (uint32_t i = 0; i < volume->store_count; i++)
+    if (volume->stores[i]->id == store_id)
+      {
+        uint8_t state = atomic_load (&volume->states[i]);
+
+        return state == LHB_STATE_FAILED || state == LHB_STATE_GONE;
+      }
+  return false;
+}
+
+/* A store that was dropped has its tracker, or never gets one: a map that
+ * begins after changes were missed would lack them. */
 int
 lhb_volume_track (lhb_volume *volume, uint64_t store_id,
                   uint64_t *tracker_id_out)
 {
   uint64_t id = store_id ? store_id : lhb_engine_new_id (volume->engine);
-  int err = lhb_trackers_add (&volume->trackers, id);
+  int err;
 
-  if (err == -EEXIST)
-    err = 0;
+  pthread_mutex_lock (&volume->lock);
+  if (store_id != 0 && was_dropped (volume, store_id))
+    err = lhb_dirty_extents (volume, id, 0, NULL, 0);
+  else
+    err = lhb_trackers_add (&volume->trackers, id);
+  pthread_mutex_unlock (&volume->lock);
   *tracker_id_out = id;
-  return err;
+  return err == -EEXIST ? 0 : err;
 }
 
 int

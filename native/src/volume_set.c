@@ -111,7 +111,6 @@ static bool
 drop_store (struct lhb_volume *volume, uint32_t index)
 {
   uint8_t state = atomic_load (&volume->states[index]);
-  uint64_t tracker_id;
 
   if (state == LHB_STATE_WO)
     {
@@ -123,7 +122,7 @@ drop_store (struct lhb_volume *volume, uint32_t index)
   /* Both first: whoever sees the state also sees that changes it missed are
    * recorded and that a fence is owed.  Without a tracker nobody knows what it
    * missed, and everything counts. */
-  (void) lhb_volume_track (volume, volume->stores[index]->id, &tracker_id);
+  (void) lhb_trackers_add (&volume->trackers, volume->stores[index]->id);
   atomic_fetch_add (&volume->unfenced, 1);
   atomic_store (&volume->states[index], LHB_STATE_FAILED);
   return true;

@@ -292,6 +292,21 @@ store_taken_out_by_hand_is_tracked_once (void)
   rig_close (&rig);
 }
 
+static void
+store_that_was_dropped_without_a_map_gets_none_later (void)
+{
+  struct rig rig;
+  uint64_t id, tracker;
+
+  rig_open (&rig, LHB_DRIVER_POOL, 0, 2, BLOCKS);
+  id = lhb_store_id (rig.stores[1]);
+  lhb_volume_fail_store (rig.volume, 1, EIO, 0, 0);
+  CHECK_EQUAL (lhb_volume_track (rig.volume, id, &tracker), 0);
+  CHECK_EQUAL (lhb_volume_untrack (rig.volume, id), 0);
+  CHECK_EQUAL (lhb_volume_track (rig.volume, id, &tracker), -ENOENT);
+  rig_close (&rig);
+}
+
 static const struct lhb_test tests[] = {
   LHB_TEST (map_agrees_with_a_model),
   LHB_TEST (map_grows_with_the_volume),
@@ -300,6 +315,7 @@ static const struct lhb_test tests[] = {
   LHB_TEST (write_in_flight_when_its_store_is_dropped_is_tracked),
   LHB_TEST (last_store_is_not_tracked),
   LHB_TEST (store_taken_out_by_hand_is_tracked_once),
+  LHB_TEST (store_that_was_dropped_without_a_map_gets_none_later),
 };
 
 LHB_TEST_MAIN (tests)

@@ -139,7 +139,9 @@ async def test_merge_on_a_replica_that_goes_away_is_the_business_of_the_others(
         await replica.come_back()
 
 
-@pytest.mark.parametrize("what", ["reverted", "expanded", "snapshots", "booted", "replaced"])
+@pytest.mark.parametrize(
+    "what", ["reverted", "expanded", "snapshots", "booted", "replaced", "renamed"]
+)
 async def test_whoever_doubts_compares_everything(
     files: VolumeFiles, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +151,7 @@ async def test_whoever_doubts_compares_everything(
         "snapshots": "are gone",
         "booted": "started anew",
         "replaced": "another one",
+        "renamed": "given again",
     }
     async with away(files) as replica:
         volume = replica.volume
@@ -160,6 +163,10 @@ async def test_whoever_doubts_compares_everything(
         elif what == "snapshots":
             await volume.remove_snapshot("old")
             await volume.wait_merged()
+        elif what == "renamed":
+            await volume.remove_snapshot("old")
+            await volume.wait_merged()
+            await volume.create_snapshot("old")
         elif what == "replaced":
             copy = files.copy_of(1, replica.path.with_name("copy"))
             shutil.rmtree(replica.path)
