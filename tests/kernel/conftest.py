@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.activation import listen_tcp
 from tests.kernel.guest import Guest
 from tests.kernel.initramfs import base_archive
-from tests.kernel.server import Server
+from tests.kernel.server import Server, start_server
 
 KERNEL_DIRECTORY = Path(__file__).resolve().parents[2] / "build" / "kernel"
 
@@ -31,9 +30,5 @@ def guest(guest_base: bytes, tmp_path: Path) -> Guest:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A volume that is served."""
-    with listen_tcp() as listener:
-        served = Server(listener, tmp_path / "data")
-        try:
-            yield served
-        finally:
-            served.kill()
+    with start_server(tmp_path / "data") as served:
+        yield served

@@ -6,9 +6,11 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.activation import LAUNCHER
+from tests.activation import LAUNCHER, listen_tcp
 from tests.kernel.guest import HOST
 
 VOLUME = "disk"
@@ -58,8 +60,7 @@ class Server:
     def stop(self) -> None:
         """SIGTERM, and it ended well."""
         self._process.terminate()
-        self._process.communicate()
-        assert self._process.returncode == 0
+        assert self._process.wait() == 0
 
     def restart(self) -> None:
         self.kill()
@@ -72,3 +73,14 @@ class Server:
     def allocated_mib(self) -> float:
         images = (self.data_dir / "volumes" / VOLUME / "replica").glob("*.img")
         return sum(path.stat().st_blocks * 512 for path in images) / (1 << 20)
+
+
+@contextmanager
+def start_server(data_dir: Path, *arguments: str) -> Iterator[Server]:
+    """A server for the block, whatever happens to it there."""
+    with listen_tcp() as listener:
+        server = Server(listener, data_dir, *arguments)
+        try:
+            yield server
+        finally:
+            server.kill()

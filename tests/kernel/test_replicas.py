@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.activation import listen_tcp
 from tests.kernel.guest import HOST, Guest
 from tests.kernel.orders import taking_orders
-from tests.kernel.server import VOLUME, VOLUME_MIB, Server
+from tests.kernel.server import VOLUME, VOLUME_MIB, start_server
 from tests.live.hosts import options, start_hosts, wait_modes
 from tests.model.volumes import VolumeFiles
 
@@ -25,9 +25,10 @@ def test_a_file_system_does_not_notice_that_replicas_go_and_come(
     guest: Guest, tmp_path: Path
 ) -> None:
     local, data_dir = tmp_path / "local", tmp_path / "data"
-    with start_hosts(tmp_path, 2) as hosts, listen_tcp() as listener:
+    with ExitStack() as stack:
+        hosts = stack.enter_context(start_hosts(tmp_path, 2))
         arguments = [*options(hosts, local), "--replica-timeout", "1"]
-        server = Server(listener, data_dir, *arguments)
+        server = stack.enter_context(start_server(data_dir, *arguments))
 
         def wait(*modes: str) -> None:
             wait_modes(data_dir, *modes, volume=VOLUME)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.serving import TIMEOUT_S, Serve, requires, start
+from tests.live.serving import TIMEOUT_S, Serve, ToolFailed, requires, start, tool
 from tests.loop import require_loop_devices
 from tests.unit.nbd_client import EXPORT_NAME, GREETING, option
 
@@ -33,22 +33,16 @@ SLOW = ("rate", "4mbit", "burst", "16kb", "latency", "400ms")
 FIXED_NEWSTYLE_NO_ZEROES = 3
 
 
-def run(*words: str | Path) -> None:
-    """A command that has to succeed."""
-    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert done.returncode == 0, (words, done.stderr)
-
-
 def require_namespaces() -> None:
     """Skip a test on a machine that cannot."""
     require_loop_devices()
-    requires("ip")
     requires("tc")
     name = f"lhb-{secrets.token_hex(4)}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"requires network namespaces: {made.stderr.strip()}")
-    run("ip", "netns", "del", name)
+    try:
+        tool("ip", "netns", "add", name)
+    except ToolFailed as error:
+        pytest.skip(f"requires network namespaces: {error}")
+    tool("ip", "netns", "del", name)
 
 
 class Node:
@@ -72,27 +66,27 @@ class Node:
         self.start()
 
     def _make_link(self, stack: ExitStack) -> None:
-        run("ip", "netns", "add", self._namespace)
-        stack.callback(run, "ip", "netns", "del", self._namespace)
+        tool("ip", "netns", "add", self._namespace)
+        stack.callback(tool, "ip", "netns", "del", self._namespace)
         ends = ((self._engine, self._link, self._ours), (self._namespace, "wire", self._theirs))
         (one, name, _), (other, peer, _) = ends
-        run(
+        tool(
             *("ip", "link", "add", name, "netns", one, "type", "veth"),
             *("peer", "name", peer, "netns", other),
         )
         for namespace, device, address in ends:
-            run("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", device)
-            run("ip", "-n", namespace, "link", "set", device, "up")
-            run("ip", "-n", namespace, "link", "set", "lo", "up")
+            tool("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", device)
+            tool("ip", "-n", namespace, "link", "set", device, "up")
+            tool("ip", "-n", namespace, "link", "set", "lo", "up")
 
     def _make_disk(self, stack: ExitStack) -> None:
         image = self._disk.with_suffix(".img")
         with image.open("wb") as file:
             file.truncate(DISK_BYTES)
         self._disk.mkdir()
-        run("mkfs.ext4", "-q", "-m", "0", image)
-        run("mount", "-o", "loop", image, self._disk)
-        stack.callback(run, "umount", "--lazy", self._disk)
+        tool("mkfs.ext4", "-q", "-m", "0", str(image))
+        tool("mount", "-o", "loop", str(image), str(self._disk))
+        stack.callback(tool, "umount", "--lazy", str(self._disk))
 
     def start(self) -> None:
         """Start the process if there is none, and wait until it is ready."""
@@ -122,7 +116,7 @@ class Node:
 
     def cut(self) -> None:
         """Nothing passes, in either direction."""
-        run("ip", "-n", self._namespace, "link", "set", "wire", "down")
+        tool("ip", "-n", self._namespace, "link", "set", "wire", "down")
 
     def cut_requests(self) -> None:
         """What the engine sends is lost; what the replica sends arrives."""
@@ -134,11 +128,11 @@ class Node:
 
     def _mislead(self, namespace: str, device: str, address: str) -> None:
         neighbour = ("ip", "-n", namespace, "neigh", "replace", address, "lladdr", NOBODY)
-        run(*neighbour, "dev", device, "nud", "permanent")
+        tool(*neighbour, "dev", device, "nud", "permanent")
 
     def slow_down(self) -> None:
         """A link of half a megabyte a second. Delay alone needs netem, which our kernel lacks."""
-        run("tc", "-n", self._engine, "qdisc", "replace", "dev", self._link, "root", "tbf", *SLOW)
+        tool("tc", "-n", self._engine, "qdisc", "replace", "dev", self._link, "root", "tbf", *SLOW)
 
     def fill(self) -> None:
         """Leave no space on the disk."""
@@ -162,7 +156,7 @@ class Node:
                 ("tc", "-n", namespace, "qdisc", "del", "dev", device, "root"),
             ):
                 subprocess.run(words, capture_output=True, check=False)  # most were not there
-        run("ip", "-n", self._namespace, "link", "set", "wire", "up")
+        tool("ip", "-n", self._namespace, "link", "set", "wire", "up")
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
         self.start()
@@ -175,8 +169,8 @@ class Cluster:
         prefix = f"lhb-{secrets.token_hex(4)}"
         self._engine = f"{prefix}-e"
         self.data = directory / "data"
-        run("ip", "netns", "add", self._engine)
-        stack.callback(run, "ip", "netns", "del", self._engine)
+        tool("ip", "netns", "add", self._engine)
+        stack.callback(tool, "ip", "netns", "del", self._engine)
         self.nodes = [Node(index, directory, prefix, stack) for index in range(count)]
         self._log = stack.enter_context((directory / "engine.log").open("a"))
         self.served: Serve | None = None

@@ -24,6 +24,7 @@ from tests.model.volumes import BLOCK, VolumeFiles
 pytestmark = pytest.mark.model
 
 GRANULE = DIRTY_GRANULE_BYTES
+TRACKERS_MAX = 16  # LHB_TRACKERS_MAX
 # Every second granule is marked below: two whole batches of extents and one more. The last granule
 # of the volume is short: 3 blocks.
 MARKED = 2 * EXTENTS_MAX + 1
@@ -103,3 +104,13 @@ async def test_replica_that_python_takes_out_is_tracked(
         assert volume._native.dirty_extents(tracker) == [Extent(16 * BLOCK, 16 * BLOCK)]
     # What it acknowledged before is no business of the map.
     assert found == [[]]
+
+
+async def test_replica_that_is_removed_keeps_no_map(tmp_path: Path) -> None:
+    files = await VolumeFiles.create(tmp_path, replicas=3, size_bytes=64 * BLOCK)
+    async with files.open() as volume:
+        await volume.remove_replica(files.paths[1])
+        for _ in range(TRACKERS_MAX):
+            volume._native.track()
+        with pytest.raises(NativeError):
+            volume._native.track()

@@ -23,7 +23,7 @@ from lhblock.engine import (
     create_replicas,
     open_engine,
 )
-from lhblock.settings import RemoteAddress
+from lhblock.settings import QUORUM_WAIT_S, RemoteAddress
 from tests.model.remote import ReplicaHost, open_host, options_for
 
 BLOCK = _native.BLOCK_BYTES
@@ -88,7 +88,7 @@ class VolumeFiles:
         limits: SnapshotLimits | None = None,
         rebuild: RebuildOptions | None = None,
         force: bool | None = None,
-        quorum_wait_s: float = 30.0,
+        quorum_wait_s: float = QUORUM_WAIT_S,
     ) -> AsyncIterator[Volume]:
         """Open the volume in an engine of its own.
 
