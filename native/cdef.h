@@ -358,16 +358,15 @@ void lhb_fuse_close (lhb_fuse *fuse);
  *
  * A store that is dropped gets a tracker by itself, whose id is the store's.
  * It begins empty, says nothing of what the store may have had in its page
- * cache only, and has every change that the store missed, those in flight included,
- * before it is answered.  Trackers outlive their stores, end with the volume,
+ * cache only, and has every change that the store missed, those in flight
+ * included, before it is answered.  Trackers outlive their stores, end with the volume,
  * and may be asked at any time from any thread.  -ENOENT: no such tracker;
  * whoever asked for a dropped store must take everything for changed. */
 #define LHB_DIRTY_GRANULE_BYTES 65536
 
 /* Begin a tracker by hand: for a store that Python is about to take out of the
  * set, as if it were dropped now (it may be tracked already); or, with
- * 'store_id' 0, under a new id.  -ENOSPC: too many;
- * -ENOENT: the store was dropped before, and there was no room for its map. */
+ * 'store_id' 0, under a new id.  -ENOSPC: too many.  -ENOENT: the store was dropped before, and there was no room for its map. */
 int lhb_volume_track (lhb_volume *volume, uint64_t store_id,
                       uint64_t *tracker_id_out);
 int lhb_volume_untrack (lhb_volume *volume, uint64_t tracker_id);

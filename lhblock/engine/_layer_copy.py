@@ -106,7 +106,7 @@ class LayerCopy:
         throttle: Throttle,
         check: Callable[[], None],
         advanced: Callable[[int], None],
-        note: Callable[[int], None],
+        note: Callable[[int], None] | None,
     ) -> None:
         """Copy what differs; synced when this returns.
 
@@ -114,7 +114,8 @@ class LayerCopy:
           streams: batches under way at a time.
           check: raises when it makes no sense any more to go on.
           advanced: told of units that are done.
-          note: blocking; writes down that everything before an offset is copied and synced.
+          note: blocking; writes down that everything before an offset is copied and synced; None:
+            that is worth nothing.
 
         Cancelled between batches.
         """
@@ -132,7 +133,7 @@ class LayerCopy:
         throttle: Throttle,
         check: Callable[[], None],
         advanced: Callable[[int], None],
-        note: Callable[[int], None],
+        note: Callable[[int], None] | None,
     ) -> None:
         try:
             await self._copy_batches(throttle, check, advanced, note)
@@ -145,7 +146,7 @@ class LayerCopy:
         throttle: Throttle,
         check: Callable[[], None],
         advanced: Callable[[int], None],
-        note: Callable[[int], None],
+        note: Callable[[int], None] | None,
     ) -> None:
         with NativeUnit() as unit:
             while self._next < len(self._todo) and self._failure is None:
@@ -162,7 +163,7 @@ class LayerCopy:
                     self._under_way.discard(batch[0])
                 self.copied_bytes += copied_bytes  # here, where no other stream is in between
                 advanced(len(batch))
-                if begin // NOTE_UNITS != (begin + BATCH_UNITS) // NOTE_UNITS:
+                if note and begin // NOTE_UNITS != (begin + BATCH_UNITS) // NOTE_UNITS:
                     async with self._noting:  # one file, one writer
                         await run_copy(self._note, self.done_before_bytes, note)
 

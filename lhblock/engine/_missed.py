@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
@@ -86,9 +86,9 @@ class Missed:
     images: frozenset[str]
     head: str
     witness: Witness | None
-    doubt: str = field(default="")
+    doubt: str = ""
 
-    def look_again(
+    def find_doubt(
         self,
         disks: Mapping[str, Disk],
         head: str,
@@ -97,7 +97,7 @@ class Missed:
         *,
         same_size: bool,
     ) -> str:
-        """Whether a member that came back still has what it had; "" or a new doubt, which stays.
+        """Why a member that came back may not have what it had; "" if nothing speaks for it.
 
         Args:
           disks: what it has now, before it is aligned.
@@ -106,18 +106,6 @@ class Missed:
           witness: of its host now.
           same_size: it is as large as the volume.
         """
-        if not self.doubt:
-            self.doubt = self._find_doubt(disks, head, alignment, witness, same_size)
-        return self.doubt
-
-    def _find_doubt(
-        self,
-        disks: Mapping[str, Disk],
-        head: str,
-        alignment: Alignment,
-        witness: Witness | None,
-        same_size: bool,
-    ) -> str:
         if self.witness is None or witness is None:
             return "its process does not say whether its host was started anew"
         if why := self.witness.why_not(witness):

@@ -383,17 +383,17 @@ class Rebuilder:
 
     def _choose(self, work: _Work, alignment: Alignment, *, same_size: bool) -> None:
         """Whether what changed since the replica left is all that it may lack."""
-        member = work.member
+        member, ours = work.member, work.member.records
         missed = member.missed
         work.compares = "everything"
         if missed is None:
             return
         if work.force:
             missed.doubt = missed.doubt or "it is overwritten by force"
-        ours = member.records
-        work.why = missed.look_again(
+        missed.doubt = missed.doubt or missed.find_doubt(
             ours.disks, ours.head.name, alignment, member.witness(), same_size=same_size
         )
+        work.why = missed.doubt
         if not work.why:
             work.compares = "changes"
 
@@ -461,8 +461,6 @@ class Rebuilder:
                 stamp: LayerStamp = stamp,
                 done: RebuildProgress = progress,
             ) -> None:
-                if image in changed:
-                    return
                 member.write_progress(
                     replace(done, partial=image, partial_source=stamp, partial_bytes=before_bytes)
                 )
@@ -473,7 +471,7 @@ class Rebuilder:
                 throttle=throttle,
                 check=check,
                 advanced=advanced,
-                note=note,
+                note=None if image in changed else note,  # not all of it is looked at
             )
             work.copied_bytes += copy.copied_bytes
             work.phase = "verifying"
@@ -483,7 +481,7 @@ class Rebuilder:
                 # What an attempt before has left may be the reason: the next one starts anew.
                 await run_copy(member.forget_progress)
                 raise
-            if image not in changed:  # else the rest of it was not looked at
+            if image not in changed:
                 progress = await run_copy(_note_done, source, member, image, progress)
 
     def _foreground(self) -> tuple[int, int]:

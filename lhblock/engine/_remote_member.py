@@ -59,11 +59,11 @@ _ENDS: Final[Mapping[PeerEnd, str]] = {
     PeerEnd.BAD_LENGTH: "it sent a reply of a wrong length",
     PeerEnd.GOODBYE: "it took its leave",
 }
-_OUT_OF_TOUCH: Final = frozenset(
+_CONNECTION_ENDS: Final = frozenset(
     {PeerEnd.SOCKET_ERROR, PeerEnd.EOF, PeerEnd.MID_REPLY, PeerEnd.TIMEOUT, PeerEnd.GOODBYE}
 )
 """Ends that say nothing of what the replica has on its disk."""
-_WAYS: Final = frozenset(
+_CONNECTION_ERRORS: Final = frozenset(
     {
         errno.ETIMEDOUT,
         errno.ECONNRESET,
@@ -76,7 +76,7 @@ _WAYS: Final = frozenset(
         errno.ENETDOWN,
     }
 )
-"""Errors of the way to it."""
+"""Errors that say as little."""
 
 
 class RemoteMember(Member):
@@ -143,7 +143,10 @@ class RemoteMember(Member):
 
     def is_out_of_touch(self, error: int) -> bool:
         # It may have ended after it had answered with an error of its disk.
-        return error in _WAYS and PeerEnd(self.store.statistics().end_reason) in _OUT_OF_TOUCH
+        return (
+            error in _CONNECTION_ERRORS
+            and PeerEnd(self.store.statistics().end_reason) in _CONNECTION_ENDS
+        )
 
     def witness(self) -> Witness | None:
         hello = self._hello

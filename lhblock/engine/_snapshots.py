@@ -173,11 +173,6 @@ class SnapshotTree:
           joining: has the snapshot and an empty head already; it gets every change from the moment
             of the switch on.
         """
-        if joining is None:
-            # Whoever has a layer of that name, perhaps of the same second, has another one.
-            self._replicas.doubt_missed(
-                "a snapshot's name was given again", image=snapshot_image(snapshot)
-            )
         image = snapshot_image(snapshot)
         self._replicas.check()
         for member in self._replicas.writers:
@@ -186,6 +181,9 @@ class SnapshotTree:
                 why = "is still being merged away" if known.removed else "already exists"
                 raise SnapshotExists(self._name, f"snapshot {snapshot!r} {why}")
         await self.check_room()
+        if joining is None:
+            # Whoever has a layer of that name, perhaps of the same second, has another one.
+            self._replicas.doubt_missed("a snapshot's name was given again", image=image)
 
         def prepare(member: Member) -> None:
             member.prepare_snapshot(

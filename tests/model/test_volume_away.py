@@ -181,7 +181,7 @@ async def test_whoever_doubts_compares_everything(
 
 
 @pytest.mark.parametrize(
-    ("boot_id", "mount", "up_s", "why"),
+    ("boot_id", "place", "up_s", "why"),
     [
         ("a", "1:2", 1100.0, ""),
         ("a", "1:2", 1098.5, ""),
@@ -191,8 +191,8 @@ async def test_whoever_doubts_compares_everything(
         ("a", "1:3", 1100.0, "mount"),
     ],
 )
-def test_witness(boot_id: str, mount: str, up_s: float, why: str) -> None:
+def test_witness(boot_id: str, place: str, up_s: float, why: str) -> None:
     before = Witness("a", "1:2", 1000.0, 50.0)
-    found = before.why_not(Witness(boot_id, mount, up_s, 150.0))
+    found = before.why_not(Witness(boot_id, place, up_s, 150.0))
     assert why in found
     assert bool(why) == bool(found)
