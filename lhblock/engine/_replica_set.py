@@ -98,6 +98,7 @@ class ReplicaSet:
         self._freeze_lock = trio.Lock()
         self._published: list[tuple[Store, StoreMode]] = []
         self._faulted = ""
+        self._abandoned = False  # a fence failed: what waits for it is never acknowledged
         self._closed = False
         self._read_only = read_only
         self.members = list(members)
@@ -201,6 +202,8 @@ class ReplicaSet:
             self.lose_rebuilding(member, reason, by_core=by_core)
             return True
         if member.state is not MemberState.USABLE:
+            if by_core:
+                self._note_dropped(member)
             return False
         if self.usable == [member]:
             return False
@@ -218,6 +221,15 @@ class ReplicaSet:
         self.failures += 1
         log.error("replica failed", volume=self._name, replica=member.address, reason=reason)
         return True
+
+    def _note_dropped(self, member: Member) -> None:
+        """C drops, and holds acknowledgements for, one that Python had given up before.
+
+        It is published until I/O is frozen, which waits for what is held.
+        """
+        member.dropped_by_core = True
+        if member.state is MemberState.LEFT and not self._abandoned:
+            self._release_held(member)
 
     def doubt_missed(self, reason: str, *, image: str = "") -> None:
         """What members that take no part lack is more than the core recorded.
@@ -523,8 +535,9 @@ class ReplicaSet:
                 self.fault(error.sentence)
         except ReplicaIO as error:
             self.fault(f"no replica could record that another one failed: {error}")
+        self._abandoned = True
         for member in failing:
-            member.state = MemberState.LEFT  # its acknowledgements are never released
+            member.state = MemberState.LEFT
         return False
 
     def _track_withdrawn(self) -> None:
@@ -545,12 +558,15 @@ class ReplicaSet:
         for member in failing:
             member.state = MemberState.LEFT
             self._on_left()
-            if not member.dropped_by_core:
-                continue  # frozen() publishes a set without it
-            try:
-                self._native.fenced(member.store.id)
-            except NativeError as error:
-                log.error("release after a fence", volume=self._name, reason=str(error))
+            if member.dropped_by_core:
+                self._release_held(member)
+            # else frozen() publishes a set without it
+
+    def _release_held(self, member: Member) -> None:
+        try:
+            self._native.fenced(member.store.id)
+        except NativeError as error:
+            log.error("release after a fence", volume=self._name, reason=str(error))
 
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:

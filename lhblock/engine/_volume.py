@@ -529,11 +529,9 @@ class Volume(Device):
             if member.state is MemberState.USABLE and self._replicas.usable == [member]:
                 self._replicas.fault(f"its last replica {member.address} failed: {reason}")
             else:
-                if not self._replicas.note_failure(
+                self._replicas.note_failure(
                     member, reason, by_core=True, out_of_touch=member.is_out_of_touch(event.error)
-                ):
-                    # Python dropped it for a reason of its own at the same moment.
-                    member.dropped_by_core = True
+                )
                 self._nursery.start_soon(self._replicas.withdraw)
 
     def _users(self) -> str:

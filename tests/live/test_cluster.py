@@ -103,10 +103,6 @@ class Round:
         )
         self.engine_lost = kind in ("engine", "both", "all")
         faults = [self.chance.choice(NODE_FAULTS) for _ in victims]
-        if kind == "two":
-            # Known: a full disk beside another lost replica may hold up I/O for more than a minute
-            # (seed 2 of the first version of this test, "fill" and "cut").
-            faults = [self.chance.choice(NODE_FAULTS[:-1]) for _ in victims]
         if kind == "all":
             faults = [Node.kill] * REPLICAS
         print(f"after {self.load.answers} answers: {kind}", [fault.__name__ for fault in faults])

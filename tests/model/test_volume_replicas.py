@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from lhblock import _native
 from lhblock.engine import Volume, VolumeConfig, open_engine
 from lhblock.errors import (
     ReplicaIO,
@@ -21,7 +22,7 @@ from lhblock.errors import (
     VolumeFaulted,
 )
 from lhblock.replica import Generation, PendingHead, ReplicaDirectory
-from tests.model.volumes import BLOCK, VolumeFiles, fault, until
+from tests.model.volumes import BLOCK, UNTIL_S, VolumeFiles, fault, until
 
 pytestmark = pytest.mark.model
 
@@ -228,6 +229,33 @@ async def test_write_that_one_replica_missed_is_acknowledged_after_the_fence(
     async with files.open() as volume:
         assert modes(volume).index("ERR") == lost
         assert await volume.read(0, 1) == b"y"
+
+
+async def test_replica_that_fails_once_more_after_it_was_left_behind_holds_nothing_up(
+    files: VolumeFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python gave it up, and until I/O is frozen the core still writes to it, and fails."""
+    real = _native.NativeVolume.freeze
+    reached, goes_on = threading.Event(), threading.Event()
+
+    def freeze(self: _native.NativeVolume) -> None:
+        reached.set()
+        assert goes_on.wait(UNTIL_S)
+        real(self)
+
+    async with files.open() as volume, trio.open_nursery() as nursery:
+        member = volume._replicas.members[1]
+        monkeypatch.setattr(_native.NativeVolume, "freeze", freeze)
+        nursery.start_soon(volume.fail_replica, files.paths[1], "test")
+        await until(reached.is_set)
+        _native.arm_fault("store.write", errno.EIO, store_id=member.store.id)
+        try:
+            with trio.fail_after(UNTIL_S):
+                await volume.write(0, b"x" * BLOCK)
+        finally:
+            _native.clear_faults()
+            goes_on.set()
+        assert modes(volume) == ["RW", "ERR", "RW"]
 
 
 async def test_flush_that_one_replica_cannot_do_drops_it(files: VolumeFiles) -> None:
