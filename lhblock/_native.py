@@ -33,6 +33,7 @@ LAYERS_MAX = 250
 STORES_MAX = 8
 MERGE_STEP_BYTES = 64 << 20
 DIRTY_GRANULE_BYTES = 64 << 10
+RANGE_STEP_BYTES = 32 << 10
 
 STORE_DIRECT = 1
 STORE_READ_ONLY = 2
@@ -210,6 +211,7 @@ def _module() -> Any:
         "LHB_STORES_MAX": STORES_MAX,
         "LHB_MERGE_STEP_BYTES": MERGE_STEP_BYTES,
         "LHB_DIRTY_GRANULE_BYTES": DIRTY_GRANULE_BYTES,
+        "LHB_RANGE_STEP_BYTES": RANGE_STEP_BYTES,
         "LHB_STORE_DIRECT": STORE_DIRECT,
         "LHB_STORE_READ_ONLY": STORE_READ_ONLY,
         "LHB_PEER_OURS": PEER_OURS,
@@ -516,13 +518,22 @@ class NativeStore(_Handle):
         result = self._lib.lhb_store_drop_layer(_raw_or_null(volume), self.raw, lower)
         _check("drop a merged layer", result)
 
-    def reconcile_layer(self, layer: int, source: NativeStore, source_layer: int) -> int:
-        """Make a layer equal to one of ``source``. Neither serves. Blocking.
+    def reconcile_layer(
+        self, layer: int, source: NativeStore, source_layer: int, ranges: Sequence[Extent]
+    ) -> int:
+        """Make a layer equal to one of ``source`` in some ranges. Neither serves. Blocking.
+
+        Args:
+          ranges: they begin and end at multiples of ``RANGE_STEP_BYTES``, or end at the end of the
+            layer; what lies beyond it does not count.
 
         Returns:
           Bytes changed; when that is not 0 the block map is out of date: close and reopen.
         """
-        result = self._lib.lhb_store_reconcile(source.raw, source_layer, self.raw, layer)
+        array = _extents(ranges)
+        result = self._lib.lhb_store_reconcile(
+            source.raw, source_layer, self.raw, layer, array, len(ranges)
+        )
         return _check("reconcile replicas", result)
 
     def begin_units(self, layer: int, size_bytes: int) -> None:
@@ -894,6 +905,14 @@ class NativeFuse(_Handle):
         raw = self._take()
         if raw is not None:
             self._lib.lhb_fuse_close(raw)
+
+
+def _extents(ranges: Sequence[Extent]) -> Any:
+    array = _module().ffi.new("struct lhb_extent[]", len(ranges))
+    for index, each in enumerate(ranges):
+        array[index].offset_bytes = each.offset_bytes
+        array[index].length_bytes = each.length_bytes
+    return array
 
 
 def _raw_or_null(volume: NativeVolume | None) -> Any:

@@ -252,11 +252,15 @@ int lhb_store_drop_layer (lhb_volume *volume, lhb_store *store, int lower);
 int lhb_store_add_side_layer (lhb_store *store, const char *image,
                               const char *discard);
 
-/* Make a layer of 'target' equal to a layer of 'source', block by block: data,
- * holes and discards.  Neither store serves.  Returns the bytes changed.  The
+/* Make a layer of 'target' equal to a layer of 'source' in some ranges, block
+ * by block: data, holes and discards.  Ranges begin and end at multiples of
+ * LHB_RANGE_STEP_BYTES, or end at the end of the layer; what lies beyond it
+ * does not count.  Neither store serves.  Returns the bytes changed.  The
  * target's map is out of date afterwards: close and reopen it.  Blocking. */
+#define LHB_RANGE_STEP_BYTES 32768
 int64_t lhb_store_reconcile (lhb_store *source, int source_layer,
-                             lhb_store *target, int target_layer);
+                             lhb_store *target, int target_layer,
+                             const struct lhb_extent *ranges, uint32_t count);
 
 /* ---- Units: pieces of frozen layers, for a rebuild (rebuild.md).
  *

@@ -513,14 +513,19 @@ class LocalMember(Member):
             raise ReplicaIO(self.path, f"{image} was not opened to be copied")
         return self._store, self._layers[image]
 
-    def reconcile(self, image: str, source: LocalMember, source_image: str) -> int:
+    def reconcile(
+        self, image: str, source: LocalMember, source_image: str, ranges: Sequence[Extent]
+    ) -> int:
         """Make any layer, the head too, equal to one of another directory; neither serves.
+
+        Args:
+          ranges: where; see :func:`~lhblock.engine._equal.make_equal`.
 
         Returns:
           Bytes changed. :meth:`reopen_store` must follow.
         """
         return self.store.reconcile_layer(
-            self._layers[image], source.store, source._layers[source_image]
+            self._layers[image], source.store, source._layers[source_image], ranges
         )
 
     def read_progress(self) -> RebuildProgress:

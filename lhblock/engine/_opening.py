@@ -16,7 +16,7 @@ from typing import TypeVar
 import structlog
 import trio
 
-from lhblock._native import NativeEngine
+from lhblock._native import Extent, NativeEngine
 from lhblock.engine._agreement import agree
 from lhblock.engine._clock import utc_now
 from lhblock.engine._config import VolumeConfig, check_size
@@ -444,12 +444,13 @@ class Opening:
             if member is source:
                 return 0
             changed_bytes = 0
+            ranges = [Extent(0, member.records.size_bytes)]
             pairs = [(member.records.head.name, source.records.head.name)]
             below, source_below = (each.records.head.parent for each in (member, source))
             if torn_snapshot and below and below == source_below:
                 pairs.insert(0, (below, source_below))
             for image, source_image in pairs:
-                changed_bytes += make_equal(member, image, source, source_image)
+                changed_bytes += make_equal(member, image, source, source_image, ranges)
             # Also when no byte changed: a hole that read as zeros may have become data.
             member.reopen_store()
             return changed_bytes

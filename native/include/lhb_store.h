@@ -160,11 +160,13 @@ int lhb_discard_read (struct lhb_store *store, struct lhb_layer *layer,
                       uint64_t block, uint8_t *bits, size_t length);
 int lhb_discard_write (struct lhb_store *store, struct lhb_layer *layer,
                        uint64_t block, const uint8_t *bits, size_t length);
-/* 'target' gets exactly the bits of 'source'; returns 1 if that changed any.
- * Durable. */
+/* 'target' gets exactly the bits of 'source' of the blocks from 'block', a
+ * multiple of 8, up to 'end', another one or the end of the layer; returns 1 if
+ * that changed any.  Durable after lhb_discard_sync. */
 int lhb_discard_copy (struct lhb_store *source_store,
                       struct lhb_layer *source,
                       struct lhb_store *target_store,
-                      struct lhb_layer *target);
+                      struct lhb_layer *target, uint64_t block, uint64_t end);
+int lhb_discard_sync (struct lhb_store *store, struct lhb_layer *layer);
 
 #endif

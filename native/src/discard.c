@@ -313,50 +313,62 @@ lhb_discard_write (struct lhb_store *store, struct lhb_layer *layer,
   return err ? err : changed;
 }
 
+/* Bytes of bits that either file has, at most 'end': the rest is zeros in
+ * both. */
+static int
+clip_to_files (const struct lhb_layer *a, const struct lhb_layer *b,
+               uint64_t *end_io)
+{
+  struct stat a_st = { 0 }, b_st = { 0 };
+  uint64_t size;
+
+  if ((a->discard_fd >= 0 && fstat (a->discard_fd, &a_st) == -1)
+      || fstat (b->discard_fd, &b_st) == -1)
+    return -errno;
+  size = (uint64_t) (a_st.st_size > b_st.st_size ? a_st.st_size : b_st.st_size);
+  if (size < *end_io)
+    *end_io = size;
+  return 0;
+}
+
 int
 lhb_discard_copy (struct lhb_store *source_store, struct lhb_layer *source,
-                  struct lhb_store *target_store, struct lhb_layer *target)
+                  struct lhb_store *target_store, struct lhb_layer *target,
+                  uint64_t block, uint64_t end)
 {
   uint8_t want[WINDOW_BYTES], have[WINDOW_BYTES];
-  struct stat source_st = { 0 }, target_st = { 0 };
+  uint64_t byte = block / 8, last = (end + 7) / 8;
   bool changed = false;
-  off_t byte, size;
-  int err;
+  int err = lhb_discard_open (source_store, source);
 
-  err = lhb_discard_open (source_store, source);
   if (err && err != -ENOENT)
     return err;
-  if (err == 0 && fstat (source->discard_fd, &source_st) == -1)
-    return -errno;
   err = lhb_discard_open (target_store, target);
-  if (err)
-    return err;
-  if (fstat (target->discard_fd, &target_st) == -1)
-    return -errno;
-  size = source_st.st_size > target_st.st_size ? source_st.st_size
-                                               : target_st.st_size;
-  for (byte = 0; byte < size; byte += WINDOW_BYTES)
+  if (err == 0)
+    err = clip_to_files (source, target, &last);
+  for (; err == 0 && byte < last; byte += WINDOW_BYTES)
     {
-      size_t length = (size_t) (size - byte < WINDOW_BYTES ? size - byte
+      size_t length = (size_t) (last - byte < WINDOW_BYTES ? last - byte
                                                            : WINDOW_BYTES);
 
       memset (want, 0, sizeof want);
-      err = source->discard_fd < 0
-                ? 0
-                : read_window (source->discard_fd, (uint64_t) byte, want,
-                               length);
+      if (source->discard_fd >= 0)
+        err = read_window (source->discard_fd, byte, want, length);
       if (err == 0)
-        err = read_window (target->discard_fd, (uint64_t) byte, have, length);
-      if (err)
-        return err;
-      if (memcmp (want, have, length) == 0)
-        continue;
-      err = write_window (target_store, target->discard_fd, (uint64_t) byte,
-                          want, length, &changed);
-      if (err)
-        return err;
+        err = read_window (target->discard_fd, byte, have, length);
+      if (err == 0 && memcmp (want, have, length) != 0)
+        err = write_window (target_store, target->discard_fd, byte, want,
+                            length, &changed);
     }
-  if (changed && fdatasync (target->discard_fd) == -1)
-    return -errno;
-  return changed;
+  return err ? err : changed;
+}
+
+int
+lhb_discard_sync (struct lhb_store *store, struct lhb_layer *layer)
+{
+  int err = lhb_discard_open (store, layer);
+
+  if (err == 0 && fdatasync (layer->discard_fd) == -1)
+    err = -errno;
+  return err;
 }

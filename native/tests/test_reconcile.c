@@ -145,11 +145,19 @@ close_pair (struct pair *pair)
   lhb_engine_close (pair->engine);
 }
 
+static const struct lhb_extent everything = { 0, INT64_MAX };
+
+static int64_t
+reconcile (struct pair *pair, int source_layer, int target_layer)
+{
+  return lhb_store_reconcile (pair->from, source_layer, pair->to,
+                              target_layer, &everything, 1);
+}
+
 static int64_t
 reconcile_heads (struct pair *pair)
 {
-  return lhb_store_reconcile (pair->from, pair->from->head, pair->to,
-                              pair->to->head);
+  return reconcile (pair, pair->from->head, pair->to->head);
 }
 
 /* The files say the same of every block, not just what is above 'b'. */
@@ -261,9 +269,8 @@ space_of_a_foreign_layer_is_written_as_zeros (void)
   open_stores (&pair, 0);
   side = lhb_store_add_side_layer (pair.from, "foreign", "discard.foreign");
   CHECK (side > 0);
-  CHECK (lhb_store_reconcile (pair.from, side, pair.to, pair.to->head) > 0);
-  CHECK_EQUAL (
-      lhb_store_reconcile (pair.from, side, pair.to, pair.to->head), 0);
+  CHECK (reconcile (&pair, side, pair.to->head) > 0);
+  CHECK_EQUAL (reconcile (&pair, side, pair.to->head), 0);
   memset (want, 'b', SIZE);
   memset (want + 5 * BLOCK, 0, 3 * BLOCK);
   replica_check (pair.engine, &pair.target, chain, want, BLOCKS);
@@ -332,12 +339,85 @@ layers_of_different_sizes_are_refused (void)
   replica_image (&pair.source, "longer", SIZE + BLOCK);
   side = lhb_store_add_side_layer (pair.from, "longer", "");
   CHECK (side > 0);
-  CHECK_EQUAL (
-      lhb_store_reconcile (pair.from, side, pair.to, pair.to->head), -EINVAL);
-  CHECK_EQUAL (lhb_store_reconcile (pair.from, 0, pair.to, pair.to->head),
-               -EINVAL);
-  CHECK_EQUAL (lhb_store_reconcile (pair.from, pair.from->head, pair.to, 77),
-               -EINVAL);
+  CHECK_EQUAL (reconcile (&pair, side, pair.to->head), -EINVAL);
+  CHECK_EQUAL (reconcile (&pair, 0, pair.to->head), -EINVAL);
+  CHECK_EQUAL (reconcile (&pair, pair.from->head, 77), -EINVAL);
+  close_pair (&pair);
+}
+
+enum { STEP_BLOCKS = LHB_RANGE_STEP_BYTES / BLOCK };
+
+/* What a read finds, and the extents of the head. */
+static char *
+contents (struct pair *pair, const struct replica *replica)
+{
+  char *data = blocks_alloc (BLOCKS);
+  lhb_store *store = store_open (pair->engine, replica, SIZE, 0, chain);
+
+  CHECK_EQUAL (lhb_store_read (store, 0, BLOCKS, data), 0);
+  lhb_store_close (store);
+  return data;
+}
+
+/* Every range is made equal, and no block beside it is touched, whatever
+ * either side has there. */
+static void
+only_ranges_are_made_equal (void)
+{
+  static const struct lhb_extent ranges[]
+      = { { LHB_RANGE_STEP_BYTES, 2 * LHB_RANGE_STEP_BYTES },
+          { 11 * LHB_RANGE_STEP_BYTES, LHB_RANGE_STEP_BYTES },
+          { SIZE - 5 * LHB_RANGE_STEP_BYTES, INT64_MAX },
+          { SIZE + LHB_RANGE_STEP_BYTES, LHB_RANGE_STEP_BYTES } };
+  struct pair pair;
+  char *source, *before, *after;
+
+  open_pair (&pair, 0);
+  close_stores (&pair);
+  source = contents (&pair, &pair.source);
+  before = contents (&pair, &pair.target);
+  CHECK (memcmp (source, before, SIZE) != 0);
+  open_stores (&pair, 0);
+  CHECK (lhb_store_reconcile (pair.from, pair.from->head, pair.to,
+                              pair.to->head, ranges, 4)
+         > 0);
+  CHECK_EQUAL (lhb_store_reconcile (pair.from, pair.from->head, pair.to,
+                                    pair.to->head, ranges, 4),
+               0);
+  after = contents (&pair, &pair.target);
+  for (uint64_t block = 0; block < BLOCKS; block++)
+    {
+      uint64_t step = block / STEP_BLOCKS;
+      bool inside = step == 1 || step == 2 || step == 11
+                    || step >= BLOCKS / STEP_BLOCKS - 5;
+      const char *want = inside ? source : before;
+
+      CHECK (memcmp (after + block * BLOCK, want + block * BLOCK, BLOCK) == 0);
+    }
+  CHECK_EQUAL (lhb_store_reconcile (pair.from, pair.from->head, pair.to,
+                                    pair.to->head, NULL, 0),
+               0);
+  CHECK (reconcile_heads (&pair) > 0);
+  check_equal (&pair);
+  free (source);
+  free (before);
+  free (after);
+  close_pair (&pair);
+}
+
+static void
+ranges_that_share_a_byte_of_bits_are_refused (void)
+{
+  static const struct lhb_extent bad[]
+      = { { BLOCK, LHB_RANGE_STEP_BYTES }, { 0, 3 * BLOCK },
+          { LHB_RANGE_STEP_BYTES, UINT64_MAX } };
+  struct pair pair;
+
+  open_pair (&pair, 0);
+  for (int i = 0; i < 3; i++)
+    CHECK_EQUAL (lhb_store_reconcile (pair.from, pair.from->head, pair.to,
+                                      pair.to->head, &bad[i], 1),
+                 -EINVAL);
   close_pair (&pair);
 }
 
@@ -348,6 +428,8 @@ static const struct lhb_test tests[] = {
   LHB_TEST (discard_file_appears_where_there_was_none),
   LHB_TEST (failed_reconcile_is_an_error_and_is_repeated),
   LHB_TEST (layers_of_different_sizes_are_refused),
+  LHB_TEST (only_ranges_are_made_equal),
+  LHB_TEST (ranges_that_share_a_byte_of_bits_are_refused),
 };
 
 LHB_TEST_MAIN (tests)
