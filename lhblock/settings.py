@@ -89,6 +89,10 @@ class DataDir:
     def control_socket(self, pid: int) -> Path:
         return self.run / f"serve-{pid}.sock"
 
+    def handover_socket(self, pid: int) -> Path:
+        """Where a serving process takes over mounts of `lhblock mount-fuse`."""
+        return self.run / f"serve-{pid}.fuse"
+
     def prepare(self) -> None:
         """Make the directory and its two subdirectories, each 0700.
 

@@ -32,6 +32,11 @@ _COMMANDS = {
     "snapshot": ("lhblock.cli._snapshot", "snapshot", "Snapshots of a volume, served or not."),
     "attach": ("lhblock.cli._attach", "attach", "Make a volume a block device of this host."),
     "detach": ("lhblock.cli._attach", "detach", "Take the block device of a volume away."),
+    "mount-fuse": (
+        "lhblock.cli._mount_fuse",
+        "mount_fuse",
+        "Show every served volume as a file in a directory.",
+    ),
     "install-units": ("lhblock.cli._install_units", "install_units", "Write systemd units."),
     "scrub": ("lhblock.cli._snapshot", "scrub", "Check snapshots against their checksums."),
     "bench": ("lhblock.cli._bench", "bench", "Measure a volume's speed on this machine."),

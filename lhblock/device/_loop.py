@@ -42,8 +42,8 @@ class Loop:
         if target.file is not None:
             return None
         return (
-            f"fuse: {target.volume} is not shown as a file on this host; add --frontend fuse"
-            " --fuse-dir DIR there"
+            f"fuse: {target.volume} is not shown as a file on this host; start 'lhblock"
+            " mount-fuse DIR'"
         )
 
     def obstacle(self, host: Host) -> str | None:
@@ -82,12 +82,12 @@ class Loop:
             # Its server went away, and a loop device cannot be given another file.
             self._take_away(host, note, path)
         assert target.file is not None
-        _check_file(host, target.file)
+        # The kernel follows links, and says where they led.
+        file = target.file.resolve()
+        _check_file(host, file)
         options_ = ["--read-only"] if options.read_only else []
-        done = self._losetup(
-            host, "--find", "--show", "--direct-io=on", *options_, "--", str(target.file)
-        )
-        note = _Note(target.identity, target.file, Path(done.strip()).name)
+        done = self._losetup(host, "--find", "--show", "--direct-io=on", *options_, "--", str(file))
+        note = _Note(target.identity, file, Path(done.strip()).name)
         try:
             host.run.mkdir(mode=0o700, parents=True, exist_ok=True)
             words = {"identity": note.identity, "file": str(note.file), "device": note.device}

@@ -70,7 +70,7 @@ class Engine:
             Both belong to the relay from now on.
 
         Raises:
-          NativeError: EBUSY when this engine has a relay; both are still the caller's.
+          NativeError: EBUSY when this engine has a relay; both are closed.
 
         Cancelled: the block is; requests end first.
         """

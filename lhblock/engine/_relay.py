@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,7 +11,7 @@ import trio
 from lhblock._native import NativeEngine, NativeFuse
 from lhblock.engine._device import Device
 from lhblock.engine._threads import run_io
-from lhblock.errors import NotServing
+from lhblock.errors import NativeError, NotServing
 
 
 class Relay:
@@ -46,7 +47,12 @@ class Relay:
 @asynccontextmanager
 async def open_relay(engine: NativeEngine, kernel_fd: int, server_fd: int) -> AsyncIterator[Relay]:
     """See :meth:`Engine.open_relay`."""
-    native = NativeFuse(engine, kernel_fd, server_fd)
+    try:
+        native = NativeFuse(engine, kernel_fd, server_fd)
+    except NativeError:
+        os.close(kernel_fd)
+        os.close(server_fd)
+        raise
     try:
         yield Relay(native)
     finally:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lhblock.instance._creation import create_volume, uncreate_volume
     from lhblock.instance._features import machine_features
     from lhblock.instance._logging import configure_logging
+    from lhblock.instance._mount_fuse import MountFuseReady, run_mount_fuse
     from lhblock.instance._notify import Notifier
     from lhblock.instance._registry import Registry, ReplicaRecord, VolumeRecord
     from lhblock.instance._removal import removable, remove_replica
@@ -40,6 +41,7 @@ _HOMES = {
     "ControllerOptions": "_controller_process",
     "ControllerReady": "_controller_process",
     "Holder": "_serving",
+    "MountFuseReady": "_mount_fuse",
     "Notifier": "_notify",
     "Ready": "_serve",
     "ReadyVolume": "_serve",
@@ -60,6 +62,7 @@ _HOMES = {
     "remove_dead_sockets": "_serving",
     "remove_replica": "_removal",
     "run_controller": "_controller_process",
+    "run_mount_fuse": "_mount_fuse",
     "run_replica": "_replica_process",
     "run_serve": "_serve",
     "serve_settings": "_settings",
@@ -72,6 +75,7 @@ __all__ = [
     "ControllerOptions",
     "ControllerReady",
     "Holder",
+    "MountFuseReady",
     "Notifier",
     "Ready",
     "ReadyVolume",
@@ -92,6 +96,7 @@ __all__ = [
     "remove_dead_sockets",
     "remove_replica",
     "run_controller",
+    "run_mount_fuse",
     "run_replica",
     "run_serve",
     "serve_settings",

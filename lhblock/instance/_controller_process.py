@@ -33,6 +33,7 @@ from lhblock.instance._serve import (
     point_link,
     ready_now,
     start_fuse,
+    start_handover,
     start_nbd,
     unpoint_link,
 )
@@ -186,6 +187,7 @@ async def _answer(
             if listeners:
                 exports = VolumeExports(process.volumes)
                 server.append(await start_nbd(nursery, process.settings, listeners, exports))
+            await start_handover(nursery, process, engine)
             process.ready = True
             ready = ready_now(process, engine, listeners, path)
             on_ready(ControllerReady(str(replace(address, port=port)), ready))

@@ -49,6 +49,7 @@ from lhblock.frontend.tgt import (
 )
 from lhblock.instance._exports import VolumeExports
 from lhblock.instance._fuse_files import ServedFiles
+from lhblock.instance._fuse_session import FuseSession
 from lhblock.instance._served import ServedVolume
 from lhblock.instance._settings import ServeSettings
 from lhblock.settings import SOCKET_PATH_BYTES_MAX, DataDir, check_volume_name, parse_listen
@@ -127,6 +128,7 @@ async def start_iscsi(
     volumes: Mapping[str, ServedVolume],
     data_dir: DataDir,
     settings: ServeSettings,
+    fuse: FuseSession,
     devices: bool,
 ) -> Iscsi:
     """Offer volumes over iSCSI for as long as the nursery lasts.
@@ -134,13 +136,14 @@ async def start_iscsi(
     A volume that is expanded later is seen by initiators with its new size.
 
     Args:
+      fuse: had for as long as tgtd has files.
       devices: they are to be devices of this host as well, if it can.
 
     Raises:
       FrontendError: tgtd is not there, or does not do it.
       DeviceError: this host could log in, and it fails.
     """
-    start = _Start(engine, volumes, data_dir, settings, devices)
+    start = _Start(engine, volumes, data_dir, settings, fuse, devices)
     iscsi: Iscsi = await nursery.start(_run, start)
     for served in volumes.values():
         served.on_resized.append(partial(_resized, served.name, iscsi))
@@ -162,12 +165,14 @@ class IscsiDoor:
         volumes: Mapping[str, ServedVolume],
         data_dir: DataDir,
         settings: ServeSettings,
+        fuse: FuseSession,
     ) -> None:
         self._nursery = nursery
         self._engine = engine
         self._volumes = volumes
         self._data_dir = data_dir
         self._settings = settings
+        self._fuse = fuse
         self._scope: trio.CancelScope | None = None
         self._closed = trio.Event()
 
@@ -202,7 +207,7 @@ class IscsiDoor:
     async def _hold(self, frontend: str, *, task_status: trio.TaskStatus[None]) -> None:
         self._closed = trio.Event()
         volumes = dict(self._volumes)
-        before = {name: tuple(served.uris) for name, served in volumes.items()}
+        before = {name: tuple(served.addresses) for name, served in volumes.items()}
         try:
             with trio.CancelScope() as self._scope:
                 async with trio.open_nursery() as nursery:
@@ -212,15 +217,16 @@ class IscsiDoor:
                         volumes=volumes,
                         data_dir=self._data_dir,
                         settings=self._settings,
+                        fuse=self._fuse,
                         devices=frontend == "tgt-blockdev",
                     )
                     for name, served in volumes.items():
-                        served.uris = (iscsi.units[name].uri, *served.uris)
+                        served.addresses = (iscsi.units[name].uri, *served.addresses)
                     task_status.started()
                     await trio.sleep_forever()
         finally:
             for name, served in volumes.items():
-                served.uris = before[name]
+                served.addresses = before[name]
                 served.on_resized.clear()
             self._scope = None
             self._closed.set()
@@ -234,6 +240,7 @@ class _Start:
     volumes: Mapping[str, ServedVolume]
     data_dir: DataDir
     settings: ServeSettings
+    fuse: FuseSession
     devices: bool
 
 
@@ -277,7 +284,7 @@ async def _offer(
                 exports = UnitExports(VolumeExports(volumes))
                 await _serve_socket(nursery, directory, exports, settings, len(volumes))
             elif settings.fuse_dir is None:
-                await _mount(nursery, directory, start.engine, volumes)
+                await _mount(nursery, directory, start)
             plan = _plan(volumes, backing, directory, settings, chap)
             if settings.iscsi_shared:
                 run = partial(share_tgtd, plan, settings.iscsi_socket)
@@ -394,17 +401,14 @@ async def _serve_socket(
     )
 
 
-async def _mount(
-    nursery: trio.Nursery,
-    directory: Path,
-    engine: Engine,
-    volumes: Mapping[str, ServedVolume],
-) -> None:
+async def _mount(nursery: trio.Nursery, directory: Path, start: _Start) -> None:
     mount = directory / "mount"
     mount.mkdir(mode=0o700)
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
-        await serve_fuse(mount, ServedFiles(volumes, engine), task_status=task_status)
+        files = ServedFiles(start.volumes, start.engine)
+        async with start.fuse.own(mount, private=True):
+            await serve_fuse(mount, files, task_status=task_status)
         raise FrontendError(
             f"{mount} was unmounted by somebody else; tgtd had its files from there"
         )

@@ -15,7 +15,7 @@ import trio
 
 from lhblock.engine import Engine, EngineOptions, RebuildOptions, RemoteLimits, open_engine
 from lhblock.errors import LhblockError, UsageError, VolumeNotFound
-from lhblock.frontend.fuse import serve_fuse, volume_file
+from lhblock.frontend.fuse import serve_fuse
 from lhblock.frontend.nbd import (
     ClientInfo,
     Listener,
@@ -33,6 +33,8 @@ from lhblock.instance._controller import Choice, ControllerService
 from lhblock.instance._creation import create_volume, uncreate_volume
 from lhblock.instance._exports import VolumeExports
 from lhblock.instance._fuse_files import ServedFiles
+from lhblock.instance._fuse_handover import serve_handover
+from lhblock.instance._fuse_session import FuseSession
 from lhblock.instance._iscsi import Iscsi, check_iscsi, is_wanted, start_iscsi
 from lhblock.instance._notify import Notifier
 from lhblock.instance._registry import Registry, VolumeRecord
@@ -112,6 +114,7 @@ class Process:
     volumes: dict[str, ServedVolume] = field(default_factory=dict)
     created: set[str] = field(default_factory=set)
     iscsi: Iscsi | None = None
+    fuse: FuseSession = field(default_factory=FuseSession)
     ready: bool = False
 
 
@@ -194,6 +197,7 @@ async def _serve(
                     server.append(await start_nbd(nursery, settings, plain, exports))
                 if keys is not None:
                     await _start_tls(nursery, settings, keys, listeners)
+                await start_handover(nursery, process, engine)
                 process.ready = True
                 ready = ready_now(process, engine, listeners, control)
                 on_ready(ready)
@@ -356,9 +360,8 @@ async def open_recorded(
         )
     )
     await served.refresh_record(process.registry)
-    served.uris = tuple(str(listener.uri(record.name)) for listener in listeners)
-    if file := _file(settings, record.name):
-        served.uris = (*served.uris, file)
+    served.addresses = tuple(str(listener.uri(record.name)) for listener in listeners)
+    served.fuse = process.fuse
     served.frontends = settings.frontend
     served.frontend, served.frontend_up = settings.frontend[0], True
     process.volumes[record.name] = served
@@ -400,10 +403,18 @@ async def start_fuse(nursery: trio.Nursery, process: Process, engine: Engine) ->
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
         files = ServedFiles(process.volumes, engine)
-        await serve_fuse(directory, files, task_status=task_status)
+        async with process.fuse.own(directory):
+            await serve_fuse(directory, files, task_status=task_status)
         _log.warning("unmounted by somebody else; files are not offered any more")
 
     await nursery.start(run)
+
+
+async def start_handover(nursery: trio.Nursery, process: Process, engine: Engine) -> None:
+    """Take over mounts of `lhblock mount-fuse`, once the doors of this process are open."""
+    path = process.data_dir.handover_socket(os.getpid())
+    volumes = partial(ServedFiles, process.volumes, engine)
+    await nursery.start(serve_handover, path, process.fuse, volumes)
 
 
 async def _start_iscsi(nursery: trio.Nursery, process: Process, engine: Engine) -> None:
@@ -413,18 +424,12 @@ async def _start_iscsi(nursery: trio.Nursery, process: Process, engine: Engine) 
         volumes=process.volumes,
         data_dir=process.data_dir,
         settings=process.settings,
+        fuse=process.fuse,
         devices="tgt-blockdev" in process.settings.frontend,
     )
     process.iscsi = iscsi
     for served in process.volumes.values():
-        served.uris = (*served.uris, iscsi.units[served.name].uri)
-
-
-def _file(settings: ServeSettings, name: str) -> str:
-    """Path of a volume's file, "" without the FUSE front end."""
-    if settings.fuse_dir is None:
-        return ""
-    return str(volume_file(Path.cwd() / settings.fuse_dir, name))
+        served.addresses = (*served.addresses, iscsi.units[served.name].uri)
 
 
 async def _start_control(
@@ -516,7 +521,7 @@ def ready_now(
                 read_only=served.volume.read_only,
                 created=served.name in process.created,
                 uris=tuple(served.uris),
-                file=_file(process.settings, served.name),
+                file=served.file,
                 device=process.iscsi.device(served.name) if process.iscsi else "",
             )
             for served in process.volumes.values()

@@ -19,6 +19,7 @@ from lhblock.engine import (
     VolumeConfig,
 )
 from lhblock.errors import LhblockError
+from lhblock.instance._fuse_session import FuseSession
 from lhblock.instance._jobs import Jobs
 from lhblock.instance._registry import Registry, VolumeRecord
 from lhblock.settings import QUORUM_WAIT_S
@@ -42,7 +43,9 @@ class ServedVolume:
 
     Attributes:
       record: as in the registry; replaced when something recorded changes.
-      uris: where clients find it; empty when nothing is offered (an offline command).
+      addresses: where clients find it, but for its file; empty when nothing is offered (an
+        offline command).
+      fuse: knows where the file of the volume is.
       frontend: the name last started; stays when the front end is down, as in Longhorn.
       frontends: all that were started with the process.
       frontend_up: whether new clients are let in.
@@ -57,7 +60,8 @@ class ServedVolume:
     volume: Volume
     jobs: Jobs
     nursery: trio.Nursery
-    uris: Sequence[str] = ()
+    addresses: Sequence[str] = ()
+    fuse: FuseSession | None = None
     frontend: str = ""
     frontends: Sequence[str] = (FRONTEND,)
     frontend_up: bool = False
@@ -71,6 +75,16 @@ class ServedVolume:
     @property
     def name(self) -> str:
         return self.record.name
+
+    @property
+    def file(self) -> str:
+        """Path of its file, "" while it is not mounted."""
+        return "" if self.fuse is None else self.fuse.file(self.name)
+
+    @property
+    def uris(self) -> Sequence[str]:
+        """Everywhere that clients find it."""
+        return (*self.addresses, self.file) if self.file else self.addresses
 
     async def refresh_record(self, registry: Registry) -> None:
         """Record the size again if a crash or a foreign program made it differ."""

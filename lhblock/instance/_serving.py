@@ -19,6 +19,8 @@ from lhblock.settings import DataDir
 
 LOCK_FILE = "lhblock.lock"
 _PID_CHARS_MAX = 20
+# Control sockets, and those that take over mounts.
+_KINDS = {".sock": socket.SOCK_STREAM, ".fuse": socket.SOCK_SEQPACKET}
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,14 @@ def refuse_served(data_dir: DataDir, record: VolumeRecord, *, but_pid: int = 0) 
 
 
 def remove_dead_sockets(data_dir: DataDir) -> None:
-    """Delete the control sockets that killed processes left behind.
+    """Delete the sockets that killed processes left behind.
 
     Both must be true of a dead one: its process is not there, which alone could be a process of
     another container, and nobody answers, which alone could be one that is about to listen.
     """
-    for path in data_dir.run.glob("serve-*.sock"):
+    for path in data_dir.run.glob("serve-*"):
+        if path.suffix not in _KINDS:
+            continue
         pid = path.stem.removeprefix("serve-")
         if pid.isascii() and pid.isdecimal() and not _lives(int(pid)) and not _answers(str(path)):
             path.unlink(missing_ok=True)
@@ -119,7 +123,8 @@ def answering_address(data_dir: DataDir, volume: str) -> str | None:
 
 
 def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+    kind = _KINDS[Path(path).suffix]
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as sock:
         try:
             sock.connect(path)
         except BlockingIOError:

@@ -71,6 +71,7 @@ class VolumeHost:
             volumes=process.volumes,
             data_dir=process.data_dir,
             settings=process.settings,
+            fuse=process.fuse,
         )
 
     @property

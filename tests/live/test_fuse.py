@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
@@ -25,14 +24,11 @@ from lhblock.device import (
     mount,
 )
 from lhblock.errors import DeviceBusy, DeviceForeign, NotAttached
+from tests.live.files import PUNCH_HOLE, ZERO_RANGE, extents, fallocate
 from tests.live.serving import MIB, Serve, cli, cli_json, nbdsh, requires, serve, tool
 from tests.loop import require_loop_devices
 
 pytestmark = [pytest.mark.live, pytest.mark.interop]
-
-LIBC = ctypes.CDLL(None, use_errno=True)
-PUNCH_HOLE = 3  # and keep the size
-ZERO_RANGE = 16
 
 # 15 MiB and 3 blocks, so that the last read of a MiB is short.
 SIZE = 15 * MIB + 3 * 4096
@@ -54,24 +50,6 @@ def mounted(tmp_path: Path, mountpoint: Path, *options: str, size: int = SIZE) -
     arguments = ("db", "--size", str(size), "--frontend", "nbd", "--frontend", "fuse")
     with serve(tmp_path / "data", *arguments, "--fuse-dir", str(mountpoint), *options) as served:
         yield served
-
-
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    if LIBC.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def extents(fd: int) -> list[tuple[int, int]]:
-    """Where there is data: begin and end."""
-    found: list[tuple[int, int]] = []
-    end = 0
-    with suppress(OSError):  # ENXIO: there is no more
-        while True:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE)
-            found.append((start, end))
-    return found
 
 
 def names(directory: Path) -> list[str]:

@@ -145,7 +145,7 @@ async def test_changes_of_the_record_at_the_same_time_are_all_kept(tmp_path: Pat
 
 async def test_volume_get_describes_the_volume(tmp_path: Path) -> None:
     async with services(tmp_path, replicas=3) as at:
-        at.volumes["db"].uris = ("nbd://127.0.0.1/db",)
+        at.volumes["db"].addresses = ("nbd://127.0.0.1/db",)
         assert await at.call("VolumeGet") == pb.Volume(
             name="db", size=SIZE_BYTES, replicaCount=3, snapshot_max_count=250
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -23,6 +25,20 @@ ANSWER_TIMEOUT_S = 5.0
 _UNMOUNT_TIMEOUT_S = 30.0
 _FUSE_DEVICE = "/dev/fuse"
 _OPTIONS = "fsname=lhblock,subtype=lhblock,default_permissions,auto_unmount"
+# As /proc/self/mountinfo calls our mounts.
+FILE_SYSTEM = "fuse.lhblock"
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def require_fuse() -> None:
+    """FrontendError: this machine cannot mount; the sentence says what it lacks."""
+    if shutil.which("fusermount3") is None:
+        raise FrontendError("cannot mount: there is no fusermount3 here; install the package fuse3")
+    if not os.access(_FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise FrontendError(
+            f"cannot mount: {_FUSE_DEVICE} is missing or may not be opened; load the module fuse,"
+            " or give the device to the container"
+        )
 
 
 async def prepare_mountpoint(directory: Path) -> None:
@@ -34,40 +50,47 @@ async def prepare_mountpoint(directory: Path) -> None:
 
     Cancelled: nothing was mounted.
     """
-    if shutil.which("fusermount3") is None:
-        raise FrontendError("cannot mount: there is no fusermount3 here; install the package fuse3")
-    if not os.access(_FUSE_DEVICE, os.R_OK | os.W_OK):
-        raise FrontendError(
-            f"cannot mount: {_FUSE_DEVICE} is missing or may not be opened; load the module fuse,"
-            " or give the device to the container"
-        )
-    if await _is_dead(directory):
-        await release_mountpoint(directory)
+    require_fuse()
+    await free_dead_mount(directory)
     await trio.to_thread.run_sync(_check, directory)
 
 
-@asynccontextmanager
-async def mounted(directory: Path) -> AsyncIterator[int]:
-    """Mount for the block, and yield the descriptor of ``/dev/fuse``, which the caller closes.
+@dataclass(frozen=True)
+class Mount:
+    """What keeps a mount.
 
-    ``fusermount3`` stays as long as the mount does: it unmounts when this process has gone, however
-    that happened, because it holds the other end of a socket.
+    Attributes:
+      kernel_fd: ``/dev/fuse``. While nobody has it open, the mount is dead.
+      control: while somebody has it open, ``fusermount3`` waits. Then it unmounts what is dead, and
+        nothing else.
+    """
+
+    kernel_fd: int
+    control: socket.socket
+
+
+@asynccontextmanager
+async def mounted(directory: Path) -> AsyncIterator[Mount]:
+    """Mount for the block. `kernel_fd` is the caller's to close, before the end of the block.
+
+    ``fusermount3`` stays as long as the mount does, so it unmounts when this process has gone,
+    however that happened.
 
     Raises:
       FrontendError: fusermount3 refused; its words are in the sentence.
 
     Cancelled: it is unmounted. Files that are open then answer with errors.
     """
-    helper, control, kernel_fd = await trio.to_thread.run_sync(_mount, directory)
+    helper, mount = await trio.to_thread.run_sync(_mount, directory)
     try:
-        yield kernel_fd
+        yield mount
     finally:
-        control.close()
+        mount.control.close()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(_wait_helper, helper, directory)
 
 
-def _mount(directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
+def _mount(directory: Path) -> tuple[subprocess.Popen[bytes], Mount]:
     ours, theirs = socket.socketpair()
     with theirs:
         helper = subprocess.Popen(
@@ -86,7 +109,7 @@ def _mount(directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int
         except OSError:
             fds = []
         if fds:
-            return helper, ours, fds[0]
+            return helper, Mount(fds[0], ours)
         ours.close()
         reason = " ".join(helper.stderr.read().decode(errors="replace").split())
         helper.wait()
@@ -118,6 +141,37 @@ async def release_mountpoint(directory: Path) -> None:
         reason = " ".join(done.stdout.decode(errors="replace").split())
         raise FrontendError(f"cannot unmount {directory}: {reason}")
     raise FrontendError(f"cannot unmount {directory}: fusermount3 does not end")
+
+
+async def free_dead_mount(directory: Path) -> None:
+    """Unmount what a dead server left on a directory.
+
+    Raises:
+      FrontendError: what is mounted there does not answer, or cannot be unmounted.
+    """
+    if await _is_dead(directory):
+        await release_mountpoint(directory)
+
+
+def mounted_type(directory: Path) -> str | None:
+    """The type of the file system that is mounted on a directory, None if none is.
+
+    The directory itself is not touched, so a server that stands still keeps nobody waiting.
+
+    Args:
+      directory: without links in its path.
+    """
+    found = None
+    for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
+        fields, _, rest = line.partition(" - ")
+        if _unescaped(fields.split(" ")[4]) == str(directory):
+            found = rest.split(" ")[0]
+    return found
+
+
+def _unescaped(path: str) -> str:
+    """A path as mountinfo writes it: space, tab, newline and backslash are octal."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
 async def _is_dead(directory: Path) -> bool:

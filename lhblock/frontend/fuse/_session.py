@@ -58,10 +58,36 @@ async def serve_fuse(
     answer with errors from then on.
     """
     await prepare_mountpoint(directory)
+    async with mounted(directory) as mount:
+        await serve_mount(mount.kernel_fd, directory, volumes, task_status=task_status)
+
+
+async def serve_mount(
+    kernel_fd: int,
+    directory: Path,
+    volumes: Volumes,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer a mount that somebody made, until cancelled or unmounted.
+
+    Args:
+      kernel_fd: ``/dev/fuse``, which is closed at the end.
+      directory: for messages; it is not looked at.
+
+    Cancelled: requests in progress are answered. The mount stays, dead, unless whoever made it
+    unmounts it.
+    """
     files = _Files(volumes)
-    async with mounted(directory) as kernel_fd:
-        server_fd = _start_session(files)
-        async with volumes.open_relay(kernel_fd, server_fd) as relay:
+    try:
+        ours, theirs = _socket_pair()
+    except OSError:
+        os.close(kernel_fd)
+        raise
+    with theirs:
+        async with volumes.open_relay(kernel_fd, ours.detach()) as relay:
+            # libfuse takes "/dev/fd/N" for a descriptor that is mounted already, and closes it.
+            pyfuse3.init(files, f"/dev/fd/{theirs.detach()}", set())
             try:
                 await _serve(directory, relay, task_status)
             finally:
@@ -72,15 +98,13 @@ async def serve_fuse(
         _log.warning("unmounted with open files", directory=str(directory), files=still_open)
 
 
-def _start_session(files: _Files) -> int:
-    """Give pyfuse3 one end of a pair of sockets for ``/dev/fuse``, and return the other."""
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    """What stands for ``/dev/fuse``: our end and pyfuse3's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for sock in (ours, theirs):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-    # libfuse takes "/dev/fd/N" for a descriptor that is mounted already, and closes it.
     theirs.setblocking(False)
-    pyfuse3.init(files, f"/dev/fd/{theirs.detach()}", set())
-    return ours.detach()
+    return ours, theirs
 
 
 async def _serve(directory: Path, relay: Relay, task_status: trio.TaskStatus[None]) -> None:
