@@ -23,6 +23,7 @@ UNITS: Final = (
     "lhblock@.socket",
     "lhblock-replica@.service",
     "lhblock-controller@.service",
+    "lhblock-mount-fuse.service",
 )
 # The kernel's devices are root's.
 SYSTEM_UNITS: Final = ("lhblock-attach@.service",)
@@ -59,6 +60,7 @@ def install_units(app: App, user: bool, directory: Path | None) -> None:
     lhblock-attach@VOLUME.service     its block device, for mounts at boot
     lhblock-replica@NAME.service      a replica for an engine elsewhere
     lhblock-controller@VOLUME.service an engine that is driven by calls
+    lhblock-mount-fuse.service        every served volume as a file
 
     Units written before are written anew; others of these names are left alone, and it is an
     error.

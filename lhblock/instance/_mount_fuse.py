@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 import trio
 
-from lhblock.errors import FrontendError
+from lhblock.errors import FrontendError, LhblockError
 from lhblock.frontend.fuse import Mount, MountRoot, mounted, open_mount_root, prepare_mountpoint
 from lhblock.instance._channel import first_sentence
 from lhblock.instance._handover_wire import (
@@ -73,6 +73,7 @@ async def run_mount_fuse(
 
     Raises:
       FrontendError: this machine cannot mount, or not there.
+      LhblockError: the data directory is somebody else's.
 
     Cancelled: everything is unmounted. Files that are open answer with errors from then on.
     """
@@ -111,8 +112,8 @@ class _Servers:
     def look(self) -> list[trio.Event]:
         """Start with those that are new; each sets its event when it is shown, or is not to be."""
         settled = []
-        for path in sorted(self._data_dir.run.glob("serve-*.fuse")):
-            if path.stem not in self._known and is_socket_name(path.stem):
+        for path in _sockets(self._data_dir):
+            if path.stem not in self._known:
                 self._known.add(path.stem)
                 settled.append(trio.Event())
                 self._nursery.start_soon(self._attend, path, settled[-1])
@@ -134,6 +135,19 @@ class _Servers:
         finally:
             settled.set()
             self._known.discard(key)
+
+
+def _sockets(data_dir: DataDir) -> list[Path]:
+    """Where processes take over mounts. LhblockError: nobody may look."""
+    try:
+        paths = sorted(data_dir.run.iterdir())
+    except FileNotFoundError:
+        return []  # nothing was served yet
+    except OSError as error:
+        raise LhblockError(
+            f"cannot look for served volumes in {data_dir.run}: {error.strerror}"
+        ) from error
+    return [path for path in paths if path.suffix == ".fuse" and is_socket_name(path.stem)]
 
 
 class _Server:

@@ -23,6 +23,7 @@ SYSTEM = {
     "lhblock@.socket",
     "lhblock-replica@.service",
     "lhblock-controller@.service",
+    "lhblock-mount-fuse.service",
     "lhblock-attach@.service",
 }
 
@@ -87,7 +88,11 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     # Signs that mean something to systemd, where a user may have them.
     run("--dir", tmp_path, "--data-dir", tmp_path / "a b%c$d")
     units = ("lhblock@db.service", "lhblock@db.socket", "lhblock-attach@db.service")
-    more = ("lhblock-replica@r1.service", "lhblock-controller@db.service")
+    more = (
+        "lhblock-replica@r1.service",
+        "lhblock-controller@db.service",
+        "lhblock-mount-fuse.service",
+    )
     done = verify(tmp_path, *units, *more)
     assert (done.returncode, done.stderr) == (0, "")
 
