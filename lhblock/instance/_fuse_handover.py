@@ -125,16 +125,7 @@ class _Handovers:
         received = await self._receive(sock)
         if received is None:
             return
-        handover, kernel_fd, control_fd = received
-        try:
-            await self._serve_mount(sock, loan, handover, kernel_fd)
-        finally:
-            # Now that the mount is dead, fusermount3 unmounts it, if nobody did.
-            os.close(control_fd)
-
-    async def _serve_mount(
-        self, sock: trio.socket.SocketType, loan: Loan, handover: Handover, kernel_fd: int
-    ) -> None:
+        handover, kernel_fd = received
         loan.mounted(handover.directory, handover.shown)
 
         async def serve(*, task_status: trio.TaskStatus[None]) -> None:
@@ -148,7 +139,7 @@ class _Handovers:
             await nursery.start(serve)
             await self._tell(sock)
 
-    async def _receive(self, sock: trio.socket.SocketType) -> tuple[Handover, int, int] | None:
+    async def _receive(self, sock: trio.socket.SocketType) -> tuple[Handover, int] | None:
         await send_state(sock, Free())
         with trio.move_on_after(HANDOVER_S):
             return await receive_handover(sock)

@@ -26,7 +26,6 @@ MESSAGE_BYTES_MAX: Final = 128 << 10
 # More would not fit a message.
 VOLUMES_MAX: Final = 1024
 PATH_BYTES_MAX: Final = 4095
-DESCRIPTORS: Final = 2
 
 _FUSE_DEVICE: Final = os.makedev(10, 229)
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid
@@ -48,7 +47,7 @@ class Mounted:
 
 @dataclass(frozen=True)
 class Handover:
-    """From mount-fuse, with descriptors: `directory` is mounted, `shown` is for users."""
+    """From mount-fuse, with the descriptor: `directory` is mounted, `shown` is for users."""
 
     directory: Path
     shown: Path
@@ -101,18 +100,15 @@ async def receive_state(sock: trio.socket.SocketType) -> Free | Mounted | None:
         raise FrontendError(f"a message makes no sense: {error}") from error
 
 
-async def send_handover(
-    sock: trio.socket.SocketType, handover: Handover, kernel_fd: int, control_fd: int
-) -> None:
-    """Hand over a mount; the descriptors stay the caller's. OSError: nobody is there any more."""
+async def send_handover(sock: trio.socket.SocketType, handover: Handover, kernel_fd: int) -> None:
+    """Hand over a mount; the descriptor stays the caller's. OSError: nobody is there any more."""
     document = {"directory": str(handover.directory), "shown": str(handover.shown)}
-    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [kernel_fd, control_fd]))
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [kernel_fd]))
     await sock.sendmsg([json.dumps(document).encode()], [rights])
 
 
-async def receive_handover(sock: trio.socket.SocketType) -> tuple[Handover, int, int] | None:
-    """Wait for a mount, with ``/dev/fuse`` and what keeps ``fusermount3`` waiting: two descriptors,
-    which the caller closes in this order.
+async def receive_handover(sock: trio.socket.SocketType) -> tuple[Handover, int] | None:
+    """Wait for a mount, with the descriptor of ``/dev/fuse``, which the caller closes.
 
     None: mount-fuse has ended the connection.
 
@@ -125,22 +121,19 @@ async def receive_handover(sock: trio.socket.SocketType) -> tuple[Handover, int,
         return None
     try:
         handover = Handover(_path(document["directory"]), _path(document["shown"]))
-        kernel_fd, control_fd = _mount_descriptors(descriptors)
+        _check_kernel(descriptors)
     except (KeyError, ValueError) as error:
         _close(descriptors)
         raise FrontendError(f"a message makes no sense: {error}") from error
-    return handover, kernel_fd, control_fd
+    return handover, descriptors[0]
 
 
-def _mount_descriptors(descriptors: list[int]) -> tuple[int, int]:
-    if len(descriptors) != DESCRIPTORS:
+def _check_kernel(descriptors: list[int]) -> None:
+    if len(descriptors) != 1:
         raise ValueError(f"{len(descriptors)} descriptors came with it")
-    kernel, control = map(os.fstat, descriptors)
-    if not stat.S_ISCHR(kernel.st_mode) or kernel.st_rdev != _FUSE_DEVICE:
-        raise ValueError("the first descriptor is not /dev/fuse")
-    if not stat.S_ISSOCK(control.st_mode):
-        raise ValueError("the second descriptor is no socket")
-    return descriptors[0], descriptors[1]
+    about = os.fstat(descriptors[0])
+    if not stat.S_ISCHR(about.st_mode) or about.st_rdev != _FUSE_DEVICE:
+        raise ValueError("the descriptor is not /dev/fuse")
 
 
 async def _receive(
@@ -149,7 +142,7 @@ async def _receive(
     """One message and the descriptors that came with it; None at the end of the connection."""
     data, ancillary, flags, _ = await sock.recvmsg(
         MESSAGE_BYTES_MAX,
-        socket.CMSG_SPACE(DESCRIPTORS * array("i").itemsize),
+        socket.CMSG_SPACE(array("i").itemsize),
         socket.MSG_CMSG_CLOEXEC,
     )
     descriptors: list[int] = []

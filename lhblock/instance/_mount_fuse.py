@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from lhblock.errors import FrontendError, LhblockError
-from lhblock.frontend.fuse import Mount, MountRoot, mounted, open_mount_root, prepare_mountpoint
+from lhblock.frontend.fuse import MountRoot, mounted, open_mount_root, prepare_mountpoint
 from lhblock.instance._channel import first_sentence
 from lhblock.instance._handover_wire import (
     Free,
@@ -181,20 +181,19 @@ class _Server:
         directory = self._root.mountpoint(self._key)
         try:
             await prepare_mountpoint(directory)
-            async with mounted(directory) as mount:
-                try:
-                    await self._hand_over(sock, directory, mount)
-                finally:
-                    sock.close()  # now the process ends the mount, which fusermount3 waits for
+            async with mounted(directory) as kernel_fd:
+                await self._hand_over(sock, directory, kernel_fd)
         finally:
             await self._root.remove(self._key)
 
-    async def _hand_over(self, sock: trio.socket.SocketType, directory: Path, mount: Mount) -> None:
+    async def _hand_over(
+        self, sock: trio.socket.SocketType, directory: Path, kernel_fd: int
+    ) -> None:
         handover = Handover(directory, self._root.path)
         try:
-            await send_handover(sock, handover, mount.kernel_fd, mount.control.fileno())
+            await send_handover(sock, handover, kernel_fd)
         finally:
-            os.close(mount.kernel_fd)
+            os.close(kernel_fd)
         with _answer_in_time():
             state = await receive_state(sock)
         await self._follow(sock, state, directory)

@@ -7,13 +7,12 @@ volume is it learns through the protocols of ``_volumes``.
 from __future__ import annotations
 
 from lhblock.frontend.fuse._mount_root import MountRoot, open_mount_root
-from lhblock.frontend.fuse._mountpoint import Mount, mounted, prepare_mountpoint
+from lhblock.frontend.fuse._mountpoint import mounted, prepare_mountpoint
 from lhblock.frontend.fuse._session import serve_fuse, serve_mount
 from lhblock.frontend.fuse._tree import volume_file
 from lhblock.frontend.fuse._volumes import Relay, SnapshotFile, VolumeFiles, Volumes
 
 __all__ = [
-    "Mount",
     "MountRoot",
     "Relay",
     "SnapshotFile",

@@ -10,7 +10,6 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -24,7 +23,14 @@ _log = structlog.get_logger("lhblock.frontend.fuse")
 ANSWER_TIMEOUT_S = 5.0
 _UNMOUNT_TIMEOUT_S = 30.0
 _FUSE_DEVICE = "/dev/fuse"
-_OPTIONS = "fsname=lhblock,subtype=lhblock,default_permissions,auto_unmount"
+_OPTIONS = "fsname=lhblock,subtype=lhblock,default_permissions"
+# Standard input is the socket that fusermount3 sends the descriptor through; its end is ours.
+# The option auto_unmount is no substitute: docs/internals/fuse.md.
+_KEEPER = """\
+fusermount3 -o "$1" -- "$2" || exit
+read -r _
+exec fusermount3 -u -q -z -- "$2"
+"""
 # As /proc/self/mountinfo calls our mounts.
 FILE_SYSTEM = "fuse.lhblock"
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -55,72 +61,59 @@ async def prepare_mountpoint(directory: Path) -> None:
     await trio.to_thread.run_sync(_check, directory)
 
 
-@dataclass(frozen=True)
-class Mount:
-    """What keeps a mount.
-
-    Attributes:
-      kernel_fd: ``/dev/fuse``. While nobody has it open, the mount is dead.
-      control: while somebody has it open, ``fusermount3`` waits. Then it unmounts what is dead, and
-        nothing else.
-    """
-
-    kernel_fd: int
-    control: socket.socket
-
-
 @asynccontextmanager
-async def mounted(directory: Path) -> AsyncIterator[Mount]:
-    """Mount for the block. `kernel_fd` is the caller's to close, before the end of the block.
+async def mounted(directory: Path) -> AsyncIterator[int]:
+    """Mount for the block, and yield the descriptor of ``/dev/fuse``, which the caller closes.
 
-    ``fusermount3`` stays as long as the mount does, so it unmounts when this process has gone,
-    however that happened.
+    A shell stays as long as the mount does: it unmounts when this process has gone, however that
+    happened, because it has the other end of a socket.
 
     Raises:
       FrontendError: fusermount3 refused; its words are in the sentence.
 
-    Cancelled: it is unmounted. Files that are open then answer with errors.
+    Cancelled: it is unmounted. Files that are open then answer with errors, as soon as the
+    descriptor is closed.
     """
-    helper, mount = await trio.to_thread.run_sync(_mount, directory)
+    keeper, control, kernel_fd = await trio.to_thread.run_sync(_mount, directory)
     try:
-        yield mount
+        yield kernel_fd
     finally:
-        mount.control.close()
+        control.close()
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(_wait_helper, helper, directory)
+            await trio.to_thread.run_sync(_wait_keeper, keeper, directory)
 
 
-def _mount(directory: Path) -> tuple[subprocess.Popen[bytes], Mount]:
+def _mount(directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
     ours, theirs = socket.socketpair()
     with theirs:
-        helper = subprocess.Popen(
-            ["fusermount3", "-o", _OPTIONS, "--", str(directory)],
-            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
+        keeper = subprocess.Popen(
+            ["/bin/sh", "-c", _KEEPER, "sh", _OPTIONS, str(directory)],
+            env={**os.environ, "_FUSE_COMMFD": "0"},
+            stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us
         )
-    assert helper.stderr is not None
-    with helper.stderr:
+    assert keeper.stderr is not None
+    with keeper.stderr:
         ours.settimeout(_UNMOUNT_TIMEOUT_S)
         try:
             _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             fds = []
         if fds:
-            return helper, Mount(fds[0], ours)
+            return keeper, ours, fds[0]
         ours.close()
-        reason = " ".join(helper.stderr.read().decode(errors="replace").split())
-        helper.wait()
+        reason = " ".join(keeper.stderr.read().decode(errors="replace").split())
+        keeper.wait()
     raise FrontendError(f"cannot mount on {directory}: {reason or 'fusermount3 says nothing'}")
 
 
-def _wait_helper(helper: subprocess.Popen[bytes], directory: Path) -> None:
+def _wait_keeper(keeper: subprocess.Popen[bytes], directory: Path) -> None:
     try:
-        helper.wait(_UNMOUNT_TIMEOUT_S)
+        keeper.wait(_UNMOUNT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        _log.error("fusermount3 does not end", directory=str(directory), pid=helper.pid)
+        _log.error("fusermount3 does not end", directory=str(directory), pid=keeper.pid)
 
 
 async def release_mountpoint(directory: Path) -> None:

@@ -58,8 +58,8 @@ async def serve_fuse(
     answer with errors from then on.
     """
     await prepare_mountpoint(directory)
-    async with mounted(directory) as mount:
-        await serve_mount(mount.kernel_fd, directory, volumes, task_status=task_status)
+    async with mounted(directory) as kernel_fd:
+        await serve_mount(kernel_fd, directory, volumes, task_status=task_status)
 
 
 async def serve_mount(
