@@ -159,7 +159,7 @@ test-tsan: native-tsan  ## the concurrent model tests on a core with TSan
 	  TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
 	  $(BIN)/pytest -q tests/model/test_volume_concurrent.py
 
-fuzz: packages  ## fuzz the NBD parser: FUZZ_SECONDS=60
+fuzz: packages  ## fuzz every parser of sockets and disks: FUZZ_SECONDS=60
 	$(MAKE) -C native fuzz
 
 bench: native tgt-plugin  ## us and the peers, interleaved: BENCH_ROUNDS=5 BENCH_SECONDS=3

@@ -142,9 +142,121 @@ def peer_seeds() -> dict[str, bytes]:
     }
 
 
+SERVER, LENGTH, WRITABLE, READABLE = 1, 2, 4, 8
+LOOKUP, OPEN, FUSE_READ, FUSE_WRITE, FSYNC, INIT, INTERRUPT = 1, 14, 15, 16, 20, 26, 36
+FALLOCATE, LSEEK, NO_HANDLE = 43, 46, 99
+
+
+def part(parts: int, data: bytes) -> bytes:
+    """One message of an input of fuzz_fuse."""
+    return struct.pack("<BH", parts, len(data)) + data
+
+
+def ask(opcode: int, body: bytes = b"", parts: int = LENGTH | WRITABLE) -> bytes:
+    """A request of the kernel; the target numbers them."""
+    return part(parts, struct.pack("<IIQQIIIHH", 0, opcode, 0, 2, 0, 0, 0, 0, 0) + body)
+
+
+def served(body: bytes = b"", error: int = 0, parts: int = SERVER | LENGTH) -> bytes:
+    """A reply of the server to what it had last."""
+    return part(parts, struct.pack("<IiQ", 0, error, 0) + body)
+
+
+def read_body(offset: int, size: int, handle: int = 0) -> bytes:
+    return struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0)
+
+
+def write_body(offset: int, data: bytes, size: int | None = None, handle: int = 0) -> bytes:
+    length = len(data) if size is None else size
+    return struct.pack("<QQIIQII", handle, offset, length, 0, 0, 0, 0) + data
+
+
+def range_body(offset: int, length: int, mode: int) -> bytes:
+    return struct.pack("<QQQII", 0, offset, length, mode, 0)
+
+
+def seek_body(offset: int, whence: int) -> bytes:
+    return struct.pack("<QQII", 0, offset, whence, 0)
+
+
+def fuse_seeds() -> dict[str, bytes]:
+    """Name to input of fuzz_fuse."""
+    end = 64 * 4096
+    io = b"".join(
+        [
+            ask(FUSE_WRITE, write_body(0, b"w" * 4096)),
+            ask(FUSE_WRITE, write_body(4097, b"u" * 100)),
+            ask(FUSE_WRITE, write_body(end - 10, b"e" * 20)),
+            ask(FUSE_READ, read_body(0, 8192)),
+            ask(FUSE_READ, read_body(end - 5, 100)),
+            ask(FSYNC, struct.pack("<QII", 0, 0, 0)),
+            ask(FALLOCATE, range_body(4096, 4096, 3)),
+            ask(FALLOCATE, range_body(100, 9000, 3)),
+            ask(FALLOCATE, range_body(8192, 8192, 16)),
+            ask(LSEEK, seek_body(0, 3)),
+            ask(LSEEK, seek_body(50000, 4)),
+        ]
+    )
+    refused = b"".join(
+        [
+            ask(FUSE_WRITE, write_body(0, b"x"), LENGTH | READABLE),
+            ask(FALLOCATE, range_body(0, 1, 16), LENGTH | READABLE),
+            ask(FUSE_WRITE, write_body(0, b"x" * 99, 100)),
+            ask(FUSE_WRITE, write_body(0, b"x", 2**32 - 1)),
+            ask(FUSE_WRITE, write_body(end, b"x")),
+            ask(FUSE_READ, read_body(2**64 - 1, 100)),
+            ask(FUSE_READ, read_body(0, (1 << 20) + 1)),
+            ask(FUSE_READ, b"short"),
+            ask(FALLOCATE, range_body(0, 0, 16)),
+            ask(FALLOCATE, range_body(2**63, 2**63, 3)),
+            ask(FALLOCATE, range_body(0, 1, 0)),
+            ask(LSEEK, seek_body(0, 1)),
+            ask(LSEEK, seek_body(2**64 - 1, 3)),
+            ask(FUSE_WRITE, write_body(0, b"x", handle=NO_HANDLE), LENGTH),
+            ask(FALLOCATE, range_body(0, 1, 16), LENGTH),
+            ask(LSEEK, seek_body(0, 3), LENGTH),
+        ]
+    )
+    init = struct.pack("<IIIIHHIIHHI7I", 7, 36, 0, 1 << 16, 12, 9, 8 << 20, 1, 512, 0, 0, *[0] * 7)
+    server = b"".join(
+        [
+            ask(INIT, bytes(64), LENGTH),
+            served(init),
+            ask(OPEN, bytes(8), LENGTH),
+            served(struct.pack("<QII", 9, 1, 0)),
+            ask(FUSE_READ, read_body(0, 10, NO_HANDLE), LENGTH),
+            served(b"0123456789"),
+            ask(LOOKUP, b"name\0", LENGTH),
+            served(error=-2),
+            ask(INTERRUPT, bytes(8), LENGTH),
+            served(b"nobody asked"),
+            served(b"the length is wrong", parts=SERVER),
+            part(SERVER, b"short"),
+            ask(INIT, bytes(64), LENGTH),
+            served(init[:20]),
+        ]
+    )
+    return {
+        "io": io,
+        "refused": refused,
+        "server": server,
+        "all": io + refused + server + io,
+        "wrong-length": io + ask(FUSE_READ, read_body(0, 1), WRITABLE),
+        "short": part(0, b"garbage"),
+        "empty": part(0, b""),
+        "large-reads": ask(FUSE_READ, read_body(0, 1 << 18)) * 20,
+        "nothing": b"",
+    }
+
+
 def main() -> None:
     """Replace the checked-in seeds."""
-    targets = {"nbd": nbd_seeds(), "layers": layer_seeds(), "peer": peer_seeds()}
+    targets = {
+        "nbd": nbd_seeds(),
+        "layers": layer_seeds(),
+        "peer": peer_seeds(),
+        "fuse": fuse_seeds(),
+    }
     for target, seeds in targets.items():
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
