@@ -104,9 +104,9 @@ def attach(
 
     VOLUME is served by a process of this host, or is the nbd://, nbd+unix:// or iscsi:// URI of an
     export anywhere. A volume that is attached already keeps its device, and the kernel learns its
-    size anew. fuse is a loop device on the file that --frontend fuse shows. With nbd a process
-    stays behind that reconnects the device when the server was restarted; what uses the device
-    waits meanwhile.
+    size anew. fuse is a loop device on the file that mount-fuse or --frontend fuse shows. With nbd
+    a process stays behind that reconnects the device when the server was restarted; what uses the
+    device waits meanwhile.
 
     --mkfs refuses a volume that holds anything, and does nothing if it holds that file system.
 

@@ -124,8 +124,6 @@ class _Servers:
         try:
             await _Server(key, path, self._root, settled).show()
             self._failed.discard(key)
-        except* (ConnectionRefusedError, FileNotFoundError):
-            pass  # it has gone, or was killed and left its socket
         except* (FrontendError, OSError) as group:
             settled.set()
             if key not in self._failed:
@@ -167,7 +165,10 @@ class _Server:
         """
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             with _answer_in_time():
-                await sock.connect(os.fspath(self._path))
+                try:
+                    await sock.connect(os.fspath(self._path))
+                except (ConnectionRefusedError, FileNotFoundError):
+                    return  # it has gone, or was killed and left its socket
                 if os.geteuid() and peer_uid(sock) not in (0, os.geteuid()):
                     raise FrontendError(f"it belongs to user {peer_uid(sock)}")
                 state = await receive_state(sock)
@@ -196,6 +197,8 @@ class _Server:
             os.close(kernel_fd)
         with _answer_in_time():
             state = await receive_state(sock)
+        if state is None:
+            raise FrontendError("it did not take the mount over; its log says why")
         await self._follow(sock, state, directory)
 
     async def _point(self, sock: trio.socket.SocketType, state: Mounted) -> None:
