@@ -227,6 +227,69 @@ def test_a_controllers_volume_comes_and_goes(tmp_path: Path, place: Path) -> Non
         assert shown.file("db").read_bytes()[:4] == b"kept"
 
 
+def test_a_door_of_the_process_comes_first(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requires("tgtd")
+    monkeypatch.setenv("LHBLOCK_ISCSI_BACKING", "fuse")
+    data, replica = tmp_path / "data", tmp_path / "replica"
+    options = ("--size", "16M", "--frontend", "nbd", "--replica", str(replica))
+    listen = ("--iscsi-listen", "127.0.0.1:0")
+    with controller(data, *options, *listen) as engine, mount_fuse(data, place) as shown:
+        assert len(mounts_below(place)) == 1
+        engine.call("VolumeFrontendShutdown")
+        shown.wait("unmounted", volume="db")
+        # tgtd's files need the one session that there is.
+        engine.call("VolumeFrontendStart", pb.VolumeFrontendStartRequest(frontend="tgt-iscsi"))
+        shown.wait("mounted", volume="db")
+        assert mounts_below(place) == []
+        assert shown.file("db").resolve().is_relative_to(data / "run")
+        engine.call("VolumeFrontendShutdown")
+        shown.wait("unmounted", volume="db")
+        engine.call("VolumeFrontendStart", pb.VolumeFrontendStartRequest(frontend="nbd"))
+        shown.wait("mounted", volume="db")
+        assert len(mounts_below(place)) == 1
+        assert shown.file("db").stat().st_size == 16 * MIB
+
+
+@pytest.mark.parametrize("end", ["kill", "stop", "unmount"])
+def test_a_mount_that_ends_under_load_leaves_the_volume_served(
+    tmp_path: Path, place: Path, end: str
+) -> None:
+    with served(tmp_path, "db") as process:
+        with mount_fuse(tmp_path / "data", place) as shown:
+            load = subprocess.Popen(
+                [
+                    *(requires("fio"), "--name=job", f"--filename={shown.file('db')}"),
+                    *("--ioengine=libaio", "--direct=1", "--rw=randrw", "--bsrange=4k-256k"),
+                    *("--iodepth=16", "--time_based", "--runtime=60", f"--size={15 * MIB}"),
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            wait_writes(tmp_path / "data", 100)
+            if end == "kill":
+                shown.kill()
+            elif end == "stop":
+                assert shown.stop() == 0
+            else:
+                # Whoever has it open goes on until mount-fuse ends.
+                tool("fusermount3", "-u", "-z", mounts_below(place)[0])
+                shown.kill()
+            assert load.wait(60) != 0
+        nbdsh(process.uri(), "h.pwrite(b'kept', 4096)", "assert h.pread(4, 4096) == b'kept'")
+        code, log = process.stop()
+        assert code == 0, log
+        assert "Traceback" not in log
+        assert '"error"' not in log
+
+
+def wait_writes(data: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while cli_json(data, "volume", "info", "db")["statistics"]["writes"] < count:
+        assert time.monotonic() < deadline
+
+
 def test_directories_that_cannot_be_mounted_in(tmp_path: Path, place: Path) -> None:
     data = tmp_path / "data"
     place.mkdir()
