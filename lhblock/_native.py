@@ -41,7 +41,6 @@ PEER_OURS = 1
 STORE_WRITE_ONLY = 4
 UNIT_BYTES = 1 << 20
 UNIT_MAP_BYTES = 32
-UNIT_PACKED_BYTES = 2 * UNIT_MAP_BYTES + UNIT_BYTES
 VOLUME_READ_ONLY = 1
 IO_FUA = 1
 IO_NO_HOLE = 2
@@ -580,38 +579,30 @@ class NativeUnit(_Handle):
         """Hash of what it says; of which blocks there are and are discarded with ``shape_only``."""
         return int(self._lib.lhb_unit_hash(self.raw, int(shape_only)))
 
-    def pack(self, memory: bytearray) -> int:
-        """For the way to another host: what it says, as bytes, for :meth:`unpack` there.
+    @property
+    def maps(self) -> memoryview:
+        """Two maps, which blocks it has and which it discarded; to be read, or written.
 
-        Args:
-          memory: ``UNIT_PACKED_BYTES`` of it.
-
-        Returns:
-          How many bytes it is.
+        Like :meth:`runs`, a view of its memory that must not outlive it.
         """
-        has, discarded, data = self._parts(memory)
-        return 2 * UNIT_MAP_BYTES + int(self._lib.lhb_unit_pack(self.raw, has, discarded, data))
+        return self._view(self._lib.lhb_unit_maps(self.raw), 2 * UNIT_MAP_BYTES)
 
-    def unpack(self, memory: bytearray, length_bytes: int) -> None:
-        """Become what :meth:`pack` said elsewhere.
+    def runs(self) -> list[memoryview]:
+        """The data of the blocks that it has according to its maps, in order, in few pieces."""
+        data = self._view(self._lib.lhb_unit_data(self.raw), UNIT_BYTES)
+        left = int.from_bytes(self.maps[:UNIT_MAP_BYTES], "little")
+        runs, at = [], 0
+        while left:
+            skipped = (left & -left).bit_length() - 1
+            left >>= skipped
+            blocks = (~left & (left + 1)).bit_length() - 1
+            left >>= blocks
+            begin, at = at + skipped, at + skipped + blocks
+            runs.append(data[begin * BLOCK_BYTES : at * BLOCK_BYTES])
+        return runs
 
-        Raises:
-          ValueError: it makes no sense; the unit is what it was.
-        """
-        has, discarded, data = self._parts(memory)
-        data_bytes = length_bytes - 2 * UNIT_MAP_BYTES
-        if (
-            not 0 <= data_bytes <= UNIT_BYTES
-            or self._lib.lhb_unit_unpack(self.raw, has, discarded, data, data_bytes) < 0
-        ):
-            raise ValueError(f"{length_bytes} bytes are no unit")
-
-    def _parts(self, memory: bytearray) -> tuple[Any, Any, Any]:
-        if len(memory) != UNIT_PACKED_BYTES:
-            raise ValueError(f"memory of {len(memory)} bytes, not {UNIT_PACKED_BYTES}")
-        start = _module().ffi.from_buffer("uint8_t[]", memory)
-        data = _module().ffi.cast("char *", start + 2 * UNIT_MAP_BYTES)
-        return start, start + UNIT_MAP_BYTES, data
+    def _view(self, start: Any, length_bytes: int) -> memoryview:
+        return memoryview(_module().ffi.buffer(start, length_bytes)).cast("B")
 
 
 class NativePeer(_Handle):

@@ -281,16 +281,12 @@ int64_t lhb_unit_write (lhb_store *store, int layer, uint64_t offset_bytes,
                         lhb_unit *unit, int empty);
 /* Which blocks it has and has discarded, and unless 'shape_only' its data. */
 uint64_t lhb_unit_hash (const lhb_unit *unit, int shape_only);
-/* For the way to another host: the two maps, LHB_UNIT_MAP_BYTES each, and the
- * blocks of the first one after the other, into LHB_UNIT_BYTES at 'data'.
- * Returns the length of the latter. */
+/* For the way to another host: two maps one after the other, which blocks it
+ * has and which it discarded, LHB_UNIT_MAP_BYTES each, and the data, each
+ * block at its place in LHB_UNIT_BYTES. */
 #define LHB_UNIT_MAP_BYTES 32
-int64_t lhb_unit_pack (const lhb_unit *unit, uint8_t *has, uint8_t *discarded,
-                       char *data);
-/* The other way.  EINVAL: the length is not that of the blocks. */
-int lhb_unit_unpack (lhb_unit *unit, const uint8_t *has,
-                     const uint8_t *discarded, const char *data,
-                     uint64_t length_bytes);
+uint8_t *lhb_unit_maps (lhb_unit *unit);
+char *lhb_unit_data (lhb_unit *unit);
 /* Before the first write to a layer: it becomes ours and gets this size. */
 int lhb_unit_begin (lhb_store *store, int layer, uint64_t size_bytes);
 int lhb_unit_sync (lhb_store *store, int layer);

@@ -65,7 +65,7 @@ class RebuildOptions:
 
     automatic: bool = False
     rate_bytes_s: int = 0
-    streams: int = 2
+    streams: int = 4
 
     def __post_init__(self) -> None:
         if not 1 <= self.streams <= STREAMS_MAX:

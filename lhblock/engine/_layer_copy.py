@@ -2,12 +2,13 @@
 
 The work is a list of units, those in which either of the two has anything; several streams take
 batches of it. What is copied is hashed while it is in memory, and read back from the target after
-it was synced. The layer stays what it is meanwhile: merges leave both replicas alone.
+it was synced, while more is copied: one keeps the disk busy and the other the CPU. The layer stays
+what it is meanwhile: merges leave both replicas alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,8 +22,8 @@ from lhblock.errors import LhblockError, ReplicaDamaged
 
 BATCH_UNITS: Final = 4
 """Units that a stream copies before it looks up: a hop between threads for each costs 2 %."""
-NOTE_UNITS: Final = 256
-"""Units between two notes of how far it is, each of which waits for the disk."""
+SYNC_UNITS: Final = 256
+"""Units between two syncs, after which these are verified, and it is noted how far it is."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class LayerCopy:
         self._plan = plan
         self._hashes: dict[int, int] = {}
         self._todo = [offset for offset in plan.offsets_bytes if offset >= from_bytes]
-        self._next = 0
+        self._next = self._next_to_verify = 0
+        self._synced_before_bytes = 0
         self._under_way: set[int] = set()
-        self._noting = trio.Lock()
+        self._syncing = trio.Lock()
         self._failure: LhblockError | OSError | None = None
         self.copied_bytes = 0
 
@@ -108,7 +110,7 @@ class LayerCopy:
         advanced: Callable[[int], None],
         note: Callable[[int], None] | None,
     ) -> None:
-        """Copy what differs; synced when this returns.
+        """Copy what differs, and verify what was synced meanwhile; synced when this returns.
 
         Args:
           streams: batches under way at a time.
@@ -117,55 +119,86 @@ class LayerCopy:
           note: blocking; writes down that everything before an offset is copied and synced; None:
             that is worth nothing.
 
+        Raises:
+          ReplicaDamaged: as :meth:`verify`.
+
         Cancelled between batches.
         """
         await run_copy(self._target.begin_units, self._image, self._plan.size_bytes)
         advanced(len(self._plan.offsets_bytes) - len(self._todo))
+
+        async def work(unit: NativeUnit) -> bool:
+            if await self._verify_next(unit, advanced):
+                return True
+            await throttle.admit(BATCH_UNITS * UNIT_BYTES)
+            check()
+            return await self._copy_next(unit, advanced, note)
+
+        await self._run_streams(streams, check, work)
+        await run_copy(self._target.sync_units, self._image)
+        self._synced_before_bytes = self._plan.size_bytes
+
+    async def verify(
+        self, *, streams: int, check: Callable[[], None], advanced: Callable[[int], None]
+    ) -> None:
+        """Read the rest of the target back and compare hashes.
+
+        Raises:
+          ReplicaDamaged: a unit is not what was copied.
+
+        Cancelled between batches.
+        """
+
+        async def work(unit: NativeUnit) -> bool:
+            return await self._verify_next(unit, advanced)
+
+        await self._run_streams(streams, check, work)
+
+    async def _run_streams(
+        self,
+        streams: int,
+        check: Callable[[], None],
+        work: Callable[[NativeUnit], Awaitable[bool]],
+    ) -> None:
+        async def run() -> None:
+            try:
+                with NativeUnit() as unit:
+                    while self._failure is None and await work(unit):
+                        check()
+            except (LhblockError, OSError) as error:
+                # The other streams end with it, and the error is raised as it is, in no group.
+                self._failure = self._failure or error
+
         async with trio.open_nursery() as nursery:
             for _ in range(streams):
-                nursery.start_soon(self._stream, throttle, check, advanced, note)
+                nursery.start_soon(run)
         if self._failure is not None:
             raise self._failure
-        await run_copy(self._target.sync_units, self._image)
 
-    async def _stream(
+    async def _copy_next(
         self,
-        throttle: Throttle,
-        check: Callable[[], None],
+        unit: NativeUnit,
         advanced: Callable[[int], None],
         note: Callable[[int], None] | None,
-    ) -> None:
+    ) -> bool:
+        """Copy a batch; False: there is none left."""
+        begin, self._next = self._next, min(self._next + BATCH_UNITS, len(self._todo))
+        batch = self._todo[begin : self._next]
+        if not batch:
+            return False
+        self._under_way.add(batch[0])
         try:
-            await self._copy_batches(throttle, check, advanced, note)
-        except (LhblockError, OSError) as error:
-            # The other streams end with it, and the error is raised as it is, in no group.
-            self._failure = self._failure or error
-
-    async def _copy_batches(
-        self,
-        throttle: Throttle,
-        check: Callable[[], None],
-        advanced: Callable[[int], None],
-        note: Callable[[int], None] | None,
-    ) -> None:
-        with NativeUnit() as unit:
-            while self._next < len(self._todo) and self._failure is None:
-                await throttle.admit(BATCH_UNITS * UNIT_BYTES)
-                check()
-                begin, self._next = self._next, min(self._next + BATCH_UNITS, len(self._todo))
-                batch = self._todo[begin : self._next]
-                if not batch:
-                    return
-                self._under_way.add(batch[0])
-                try:
-                    copied_bytes = await run_copy(self._copy_batch, unit, batch)
-                finally:
-                    self._under_way.discard(batch[0])
-                self.copied_bytes += copied_bytes  # here, where no other stream is in between
-                advanced(len(batch))
-                if note and begin // NOTE_UNITS != (begin + BATCH_UNITS) // NOTE_UNITS:
-                    async with self._noting:  # one file, one writer
-                        await run_copy(self._note, self.done_before_bytes, note)
+            copied_bytes = await run_copy(self._copy_batch, unit, batch)
+        finally:
+            self._under_way.discard(batch[0])
+        self.copied_bytes += copied_bytes  # here, where no other stream is in between
+        advanced(len(batch))
+        if begin // SYNC_UNITS != (begin + BATCH_UNITS) // SYNC_UNITS:
+            async with self._syncing:  # one file, one writer
+                before_bytes = self.done_before_bytes
+                await run_copy(self._sync, before_bytes, note)
+                self._synced_before_bytes = before_bytes
+        return True
 
     def _copy_batch(self, unit: NativeUnit, batch: Sequence[int]) -> int:
         copied_bytes = 0
@@ -184,41 +217,25 @@ class LayerCopy:
         )
         return [at for at, *shapes in zip(batch, theirs, ours, strict=True) if len(set(shapes)) > 1]
 
-    def _note(self, before_bytes: int, note: Callable[[int], None]) -> None:
+    def _sync(self, before_bytes: int, note: Callable[[int], None] | None) -> None:
         self._target.sync_units(self._image)
-        note(before_bytes)
+        if note is not None:
+            note(before_bytes)
 
-    async def verify(
-        self, *, streams: int, check: Callable[[], None], advanced: Callable[[int], None]
-    ) -> None:
-        """Read the target back and compare hashes.
-
-        Raises:
-          ReplicaDamaged: a unit is not what was copied.
-
-        Cancelled between batches.
-        """
-        self._next = 0
-        async with trio.open_nursery() as nursery:
-            for _ in range(streams):
-                nursery.start_soon(self._verify_stream, check, advanced)
-        if self._failure is not None:
-            raise self._failure
-
-    async def _verify_stream(
-        self, check: Callable[[], None], advanced: Callable[[int], None]
-    ) -> None:
-        offsets = self._plan.offsets_bytes
-        try:
-            with NativeUnit() as unit:
-                while self._next < len(offsets) and self._failure is None:
-                    check()
-                    begin, self._next = self._next, self._next + BATCH_UNITS
-                    batch = offsets[begin : begin + BATCH_UNITS]
-                    await run_copy(self._verify_batch, unit, batch)
-                    advanced(len(batch))
-        except (LhblockError, OSError) as error:
-            self._failure = self._failure or error
+    async def _verify_next(self, unit: NativeUnit, advanced: Callable[[int], None]) -> bool:
+        """Verify a batch of what was synced; False: there is none now."""
+        begin, offsets = self._next_to_verify, self._plan.offsets_bytes
+        batch = [
+            offset
+            for offset in offsets[begin : begin + BATCH_UNITS]
+            if offset < self._synced_before_bytes
+        ]
+        if not batch:
+            return False
+        self._next_to_verify += len(batch)
+        await run_copy(self._verify_batch, unit, batch)
+        advanced(len(batch))
+        return True
 
     def _verify_batch(self, unit: NativeUnit, batch: Sequence[int]) -> None:
         unknown = [offset for offset in batch if offset not in self._hashes]

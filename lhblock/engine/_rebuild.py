@@ -466,16 +466,16 @@ class Rebuilder:
                 )
 
             work.phase = "copying"
-            await copy.copy(
-                streams=self._options.streams,
-                throttle=throttle,
-                check=check,
-                advanced=advanced,
-                note=None if image in changed else note,  # not all of it is looked at
-            )
-            work.copied_bytes += copy.copied_bytes
-            work.phase = "verifying"
             try:
+                await copy.copy(
+                    streams=self._options.streams,
+                    throttle=throttle,
+                    check=check,
+                    advanced=advanced,
+                    note=None if image in changed else note,  # not all of it is looked at
+                )
+                work.copied_bytes += copy.copied_bytes
+                work.phase = "verifying"
                 await copy.verify(streams=self._options.streams, check=check, advanced=advanced)
             except ReplicaDamaged:
                 # What an attempt before has left may be the reason: the next one starts anew.

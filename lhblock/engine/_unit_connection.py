@@ -1,23 +1,28 @@
 """Units of layers on their way between engine and replica: connections of their own, and frames.
 
 A unit is a megabyte, and a rebuild is many of them. Through gRPC each would be copied five times on
-either side; here it goes from one piece of memory to the socket, and back into one. The frames are
+either side; here the socket takes it from its own memory, and fills it. The frames are
 those of the data protocol: ``UNIT_READ`` with a layer's name as payload, ``UNIT_WRITE`` with the
 name and the unit; ``RESPONSE`` with a unit, or the bytes that changed as its offset; ``ERROR`` with
-an error as :func:`lhblock.engine.wire.encode_error` has it. One request at a time.
+an error as :func:`lhblock.engine.wire.encode_error` has it. A unit is its two maps and then the
+blocks of the first one. One request at a time.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
+from collections.abc import Sequence
 from typing import Final, Protocol
 
-from lhblock._native import UNIT_PACKED_BYTES, NativeUnit
+from lhblock._native import UNIT_BYTES, UNIT_MAP_BYTES, NativeUnit
 from lhblock.engine import wire
 from lhblock.errors import LhblockError, ReplicaIO, ReplicaUnreachable, UsageError
 
 _NAME_BYTES_MAX: Final = 255
 _ERROR_BYTES_MAX: Final = 1 << 16
+_MAPS_BYTES: Final = 2 * UNIT_MAP_BYTES
+_UNIT_BYTES_MAX: Final = _MAPS_BYTES + UNIT_BYTES
 
 
 class Layers(Protocol):
@@ -41,7 +46,6 @@ class UnitConnection:
         self._socket = socket.socket(fileno=fd)
         self._socket.settimeout(timeout_s)
         self._address = address
-        self._memory = bytearray(UNIT_PACKED_BYTES)
         self._sequence = 0
 
     def close(self) -> None:
@@ -55,35 +59,47 @@ class UnitConnection:
           ReplicaUnreachable, ReplicaIO: the connection is of no use any more.
           LhblockError: what the replica said went wrong.
         """
-        self._send(wire.UNIT_READ, offset_bytes, 0, image, 0)
+        self._send(wire.UNIT_READ, offset_bytes, 0, image, [])
         _, length_bytes = self._reply()
+        if not _MAPS_BYTES <= length_bytes <= _UNIT_BYTES_MAX:
+            raise ReplicaIO(self._address, f"sent {length_bytes} bytes as a unit of {image}")
         try:
-            unit.unpack(self._memory, length_bytes)
-        except ValueError as error:
-            raise ReplicaIO(self._address, f"sent a unit of {image} that is none") from error
+            whole = receive_unit(self._socket, unit, length_bytes)
+        except OSError as error:
+            raise self._lost(error) from error
+        if not whole:
+            raise ReplicaIO(self._address, f"sent a unit of {image} that is none")
 
     def write(self, image: str, offset_bytes: int, unit: NativeUnit, *, empty: bool) -> int:
         """Write a unit; return the bytes that changed. Raises: as :meth:`read`."""
-        length_bytes = unit.pack(self._memory)
         flags = wire.UNIT_EMPTY if empty else 0
-        self._send(wire.UNIT_WRITE, offset_bytes, flags, image, length_bytes)
-        return self._reply()[0]
+        self._send(wire.UNIT_WRITE, offset_bytes, flags, image, [unit.maps, *unit.runs()])
+        changed_bytes, length_bytes = self._reply()
+        if length_bytes:
+            raise ReplicaIO(self._address, f"sent {length_bytes} bytes after a write of {image}")
+        return changed_bytes
 
     def _send(
-        self, kind: int, offset_bytes: int, flags: int, image: str, length_bytes: int
+        self,
+        kind: int,
+        offset_bytes: int,
+        flags: int,
+        image: str,
+        payload: Sequence[memoryview],
     ) -> None:
         self._sequence += 1
         name = image.encode()
+        length_bytes = 1 + len(name) + sum(map(len, payload))
         header = wire.HEADER.pack(
-            wire.MAGIC, self._sequence, kind, offset_bytes, flags, 1 + len(name) + length_bytes
+            wire.MAGIC, self._sequence, kind, offset_bytes, flags, length_bytes
         )
         try:
-            send_all(self._socket, header + bytes([len(name)]) + name, self._memory, length_bytes)
+            send_all(self._socket, header + bytes([len(name)]) + name, payload)
         except OSError as error:
             raise self._lost(error) from error
 
     def _reply(self) -> tuple[int, int]:
-        """The offset field and the length of the payload, which is in the memory."""
+        """The offset field, and the length of the payload that follows."""
         try:
             header = receive(self._socket, wire.HEADER.size)
             magic, sequence, kind, offset, _, payload_bytes = wire.HEADER.unpack(header)
@@ -92,11 +108,10 @@ class UnitConnection:
             if kind == wire.ERROR and payload_bytes <= _ERROR_BYTES_MAX:
                 text = receive(self._socket, payload_bytes).decode(errors="replace")
                 raise wire.decode_error(self._address, text)
-            if kind != wire.RESPONSE or payload_bytes > UNIT_PACKED_BYTES:
-                raise ReplicaIO(self._address, f"sent {payload_bytes} bytes of type {kind}")
-            receive_into(self._socket, self._memory, payload_bytes)
         except OSError as error:
             raise self._lost(error) from error
+        if kind != wire.RESPONSE:
+            raise ReplicaIO(self._address, f"sent {payload_bytes} bytes of type {kind}")
         return offset, payload_bytes
 
     def _lost(self, error: OSError) -> ReplicaUnreachable:
@@ -117,7 +132,6 @@ def serve_units(sock: socket.socket, layers: Layers) -> None:
     Raises:
       OSError: the connection failed.
     """
-    memory = bytearray(UNIT_PACKED_BYTES)
     with NativeUnit() as unit:
         while first := sock.recv(1):
             header = first + receive(sock, wire.HEADER.size - 1)
@@ -125,7 +139,7 @@ def serve_units(sock: socket.socket, layers: Layers) -> None:
             if (
                 magic != wire.MAGIC
                 or kind not in (wire.UNIT_READ, wire.UNIT_WRITE)
-                or not 1 <= payload_bytes <= 1 + _NAME_BYTES_MAX + UNIT_PACKED_BYTES
+                or not 1 <= payload_bytes <= 1 + _NAME_BYTES_MAX + _UNIT_BYTES_MAX
             ):
                 return
             name_bytes = receive(sock, 1)[0]
@@ -133,48 +147,40 @@ def serve_units(sock: socket.socket, layers: Layers) -> None:
                 return
             image = receive(sock, name_bytes).decode(errors="replace")
             length_bytes = payload_bytes - 1 - name_bytes
-            if length_bytes > UNIT_PACKED_BYTES:
+            if kind == wire.UNIT_WRITE:
+                if not receive_unit(sock, unit, length_bytes):
+                    return
+            elif length_bytes:
                 return
-            receive_into(sock, memory, length_bytes)
-            answer, reply_bytes = 0, 0
+            answer, payload = 0, list[memoryview]()
             try:
                 if offset < 0:
                     raise UsageError(f"offset {offset} is before the beginning")
                 if kind == wire.UNIT_READ:
                     layers.read_unit(image, offset, unit)
-                    reply_bytes = unit.pack(memory)
+                    payload = [unit.maps, *unit.runs()]
                 else:
-                    _unpack(unit, memory, length_bytes)
                     empty = bool(size & wire.UNIT_EMPTY)
                     answer = layers.write_unit(image, offset, unit, empty=empty)
-                reply = wire.HEADER.pack(
-                    wire.MAGIC, sequence, wire.RESPONSE, answer, reply_bytes, reply_bytes
-                )
-                send_all(sock, reply, memory, reply_bytes)
             except LhblockError as error:
                 text = wire.encode_error(error).encode()[:_ERROR_BYTES_MAX]
                 reply = wire.HEADER.pack(
                     wire.MAGIC, sequence, wire.ERROR, offset, len(text), len(text)
                 )
-                send_all(sock, reply + text, memory, 0)
+                sock.sendall(reply + text)
+                continue
+            length_bytes = sum(map(len, payload))
+            reply = wire.HEADER.pack(
+                wire.MAGIC, sequence, wire.RESPONSE, answer, length_bytes, length_bytes
+            )
+            send_all(sock, reply, payload)
 
 
-def _unpack(unit: NativeUnit, memory: bytearray, length_bytes: int) -> None:
-    try:
-        unit.unpack(memory, length_bytes)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def send_all(sock: socket.socket, head: bytes, memory: bytearray, length_bytes: int) -> None:
-    """Send some bytes and the first of a piece of memory, in as few calls as it takes."""
-    rest = [memoryview(head), memoryview(memory)[:length_bytes]]
+def send_all(sock: socket.socket, head: bytes, payload: Sequence[memoryview]) -> None:
+    """Send some bytes and some pieces of memory, in as few calls as it takes."""
+    rest = [memoryview(head), *payload]
     while rest:
-        sent = sock.sendmsg(rest)
-        while rest and sent >= len(rest[0]):
-            sent -= len(rest.pop(0))
-        if rest:
-            rest[0] = rest[0][sent:]
+        rest = _without(rest, sock.sendmsg(rest))
 
 
 def receive(sock: socket.socket, count: int) -> bytes:
@@ -184,15 +190,42 @@ def receive(sock: socket.socket, count: int) -> bytes:
       OSError: the connection ended before.
     """
     data = bytearray(count)
-    receive_into(sock, data, count)
+    _receive_into(sock, [memoryview(data)])
     return bytes(data)
 
 
-def receive_into(sock: socket.socket, memory: bytearray, count: int) -> None:
-    """Receive so many bytes into a piece of memory. Raises: as :func:`receive`."""
-    view = memoryview(memory)[:count]
-    while view:
-        got = sock.recv_into(view)
+def receive_unit(sock: socket.socket, unit: NativeUnit, length_bytes: int) -> bool:
+    """Receive a unit into its memory.
+
+    Returns:
+      Whether it goes with the length; if not, it is void, and so is what follows on the socket.
+
+    Raises:
+      OSError: as :func:`receive`.
+    """
+    if length_bytes < _MAPS_BYTES:
+        return False
+    _receive_into(sock, [unit.maps])
+    runs = unit.runs()
+    if _MAPS_BYTES + sum(map(len, runs)) != length_bytes:
+        return False
+    _receive_into(sock, runs)
+    return True
+
+
+def _receive_into(sock: socket.socket, pieces: Sequence[memoryview]) -> None:
+    rest = [piece for piece in pieces if piece]
+    while rest:
+        got = sock.recvmsg_into(rest)[0]
         if got == 0:
-            raise ConnectionResetError(104, "the other side closed it")
-        view = view[got:]
+            raise ConnectionResetError(errno.ECONNRESET, "the other side closed it")
+        rest = _without(rest, got)
+
+
+def _without(pieces: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of pieces without their first bytes."""
+    for index, piece in enumerate(pieces):
+        if count < len(piece):
+            return [piece[count:], *pieces[index + 1 :]]
+        count -= len(piece)
+    return []

@@ -78,7 +78,7 @@ class ServeSettings(BaseSettings):
     handshake_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     rebuild: bool = True
     rebuild_rate: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    rebuild_streams: Annotated[int, Field(ge=1, le=8)] = 2
+    rebuild_streams: Annotated[int, Field(ge=1, le=8)] = 4
     frontend: Annotated[tuple[Frontend, ...], NoDecode, Field(min_length=1)] = ("nbd",)
     fuse_dir: Path | None = None
     iscsi_listen: str = f"127.0.0.1:{ISCSI_PORT}"

@@ -2,6 +2,8 @@
 #ifndef LHB_UNIT_H
 #define LHB_UNIT_H
 
+#include <stddef.h>
+
 #include "lhb_contract.h"
 #include "lhb_limits.h"
 
@@ -16,5 +18,8 @@ struct lhb_unit {
 };
 
 _Static_assert (LHB_UNIT_MAP_BYTES == LHB_UNIT_BLOCKS / 8, "contract");
+_Static_assert (offsetof (struct lhb_unit, discarded)
+                    == offsetof (struct lhb_unit, has) + LHB_UNIT_MAP_BYTES,
+                "lhb_unit_maps");
 
 #endif

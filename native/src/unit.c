@@ -281,55 +281,16 @@ lhb_unit_hash (const lhb_unit *unit, int shape_only)
   return hash;
 }
 
-/* Runs of blocks that a unit has, in order. */
-static bool
-next_run (const uint8_t *has, uint64_t *begin, uint64_t *count)
+uint8_t *
+lhb_unit_maps (lhb_unit *unit)
 {
-  uint64_t n = *begin + *count;
-
-  while (n < LHB_UNIT_BLOCKS && !get_bit (has, n))
-    n++;
-  *begin = n;
-  while (n < LHB_UNIT_BLOCKS && get_bit (has, n))
-    n++;
-  *count = n - *begin;
-  return *count > 0;
+  return (uint8_t *) unit + offsetof (struct lhb_unit, has);
 }
 
-int64_t
-lhb_unit_pack (const lhb_unit *unit, uint8_t *has, uint8_t *discarded,
-               char *data)
+char *
+lhb_unit_data (lhb_unit *unit)
 {
-  uint64_t begin = 0, count = 0, at = 0;
-
-  memcpy (has, unit->has, sizeof unit->has);
-  memcpy (discarded, unit->discarded, sizeof unit->discarded);
-  while (next_run (unit->has, &begin, &count))
-    {
-      memcpy (data + at, unit->data + (begin << LHB_BLOCK_SHIFT),
-              (size_t) count << LHB_BLOCK_SHIFT);
-      at += count << LHB_BLOCK_SHIFT;
-    }
-  return (int64_t) at;
-}
-
-int
-lhb_unit_unpack (lhb_unit *unit, const uint8_t *has, const uint8_t *discarded,
-                 const char *data, uint64_t length_bytes)
-{
-  uint64_t begin = 0, count = 0, at = 0;
-
-  for (uint64_t n = 0; n < LHB_UNIT_BLOCKS; n++)
-    at += get_bit (has, n) ? LHB_BLOCK_BYTES : 0;
-  if (at != length_bytes)
-    return -EINVAL;
-  memcpy (unit->has, has, sizeof unit->has);
-  memcpy (unit->discarded, discarded, sizeof unit->discarded);
-  for (at = 0; next_run (has, &begin, &count);
-       at += count << LHB_BLOCK_SHIFT)
-    memcpy (unit->data + (begin << LHB_BLOCK_SHIFT), data + at,
-            (size_t) count << LHB_BLOCK_SHIFT);
-  return 0;
+  return unit->data;
 }
 
 int

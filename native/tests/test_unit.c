@@ -210,45 +210,12 @@ write_only_store_hides_what_will_be_below (void)
   close_pair (&pair);
 }
 
-/* On its way to another host: every other block, so that there are many runs,
- * in a buffer of just that length. */
-static void
-unit_is_the_same_at_the_other_end (void)
-{
-  uint8_t has[LHB_UNIT_MAP_BYTES], discarded[LHB_UNIT_MAP_BYTES];
-  char *data = malloc (LHB_UNIT_BYTES), *exact;
-  struct pair pair;
-  uint64_t hash;
-  int64_t length;
-
-  open_pair (&pair, 0);
-  hash = hash_of (&pair, pair.from, 0, 0);
-  length = lhb_unit_pack (pair.unit, has, discarded, data);
-  CHECK_EQUAL (length, LHB_UNIT_BYTES / 2);
-  exact = malloc ((size_t) length);
-  memcpy (exact, data, (size_t) length);
-  CHECK (hash_of (&pair, pair.to, 0, 0) != hash);
-  CHECK_EQUAL (lhb_unit_unpack (pair.unit, has, discarded, exact,
-                                (uint64_t) length - BLOCK),
-               -EINVAL);
-  CHECK_EQUAL (lhb_unit_unpack (pair.unit, has, discarded, exact,
-                                (uint64_t) length),
-               0);
-  CHECK_EQUAL (lhb_unit_hash (pair.unit, 0), hash);
-  CHECK (lhb_unit_write (pair.to, LAYER, 0, pair.unit, 0) > 0);
-  CHECK_EQUAL (hash_of (&pair, pair.to, 0, 0), hash);
-  free (exact);
-  free (data);
-  close_pair (&pair);
-}
-
 static const struct lhb_test tests[] = {
   LHB_TEST (layer_becomes_equal),
   LHB_TEST (shape_says_nothing_of_data),
   LHB_TEST (layer_gets_the_size_of_the_source),
   LHB_TEST (wrong_calls_are_refused),
   LHB_TEST (errors_are_passed_on),
-  LHB_TEST (unit_is_the_same_at_the_other_end),
   LHB_TEST (write_only_store_hides_what_will_be_below),
 };
 

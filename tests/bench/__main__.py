@@ -16,6 +16,7 @@ from tests.bench.map_memory import map_memory
 from tests.bench.match import Match, play
 from tests.bench.nbdkit_plugin import plugin_contestants
 from tests.bench.ours import LAYERS_DEEP, lhblock, lhblock_deep
+from tests.bench.rebuild import rebuild_cost
 from tests.bench.remote import REMOTE, lhblock_remote
 from tests.bench.settings import BenchSettings
 from tests.bench.workload import POINTS
@@ -76,6 +77,9 @@ def main() -> None:
     if settings.wants("idle"):
         document["idle"] = idle_cost(settings)
         print("== idle\n" + report.figures(document["idle"]), flush=True)
+    if settings.wants("rebuild"):
+        document["rebuild"] = rebuild_cost(settings)
+        print("== rebuild\n" + report.figures(document["rebuild"]), flush=True)
     print("== goals", *goals(document), sep="\n", flush=True)
     print(f"written to {report.write(document, settings.results)}")
 

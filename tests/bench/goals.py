@@ -35,7 +35,19 @@ def goals(document: Mapping[str, Any]) -> list[Goal]:
     """The goals whose tables were run."""
     return [
         goal
-        for part in (_peers, _copies, _remote, _direct, _plugin, _fuse, _iscsi, _depth, _idle, _map)
+        for part in (
+            _peers,
+            _copies,
+            _remote,
+            _direct,
+            _plugin,
+            _fuse,
+            _iscsi,
+            _depth,
+            _idle,
+            _map,
+            _rebuild,
+        )
         for goal in part(document)
     ]
 
@@ -135,6 +147,23 @@ def _idle(document: Mapping[str, Any]) -> Iterator[Goal]:
         return
     yield Goal("100 idle volumes, % of a core", idle["cpu_percent_of_a_core"], 1.0, at_least=False)
     yield Goal("idle volume, MiB each", idle["pss_mib_per_volume"], 4.0, at_least=False)
+
+
+def _rebuild(document: Mapping[str, Any]) -> Iterator[Goal]:
+    figures = document.get("rebuild")
+    if figures is None:
+        return
+    yield Goal("full rebuild to dd through a socket", figures["data_to_dd"], 0.7)
+    yield Goal("rebuild of every other block, MiB/s", figures["alternating_mib_s"], 150.0)
+    yield Goal(
+        "resync, copied to written", figures["resync_copied_to_written"], 1.1, at_least=False
+    )
+    yield Goal(
+        "snapshot under load, pause in ms",
+        figures["snapshot_pause_ms_longest"],
+        20.0,
+        at_least=False,
+    )
 
 
 def _map(document: Mapping[str, Any]) -> Iterator[Goal]:

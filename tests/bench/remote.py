@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.contestants import EXPORT, Contestant, Replicas
@@ -25,11 +26,9 @@ def lhblock_remote(name: str, *, replicas: int) -> Contestant:
         with ExitStack() as stack:
             for number in range(replicas):
                 path = directory / f"replica-{number}"
-                process = stack.enter_context(_replica(path, bytes_))
-                assert process.stdout is not None
-                control = json.loads(process.stdout.readline())["control"]
-                arguments += ["--replica", f"tcp://{control}"]
-                pids.append(process.pid)
+                served = stack.enter_context(replica(path, bytes_))
+                arguments += ["--replica", served.address]
+                pids.append(served.process.pid)
             yield Replicas(arguments, pids)
 
     return Contestant(
@@ -39,15 +38,26 @@ def lhblock_remote(name: str, *, replicas: int) -> Contestant:
     )
 
 
+@dataclass(frozen=True)
+class ServedReplica:
+    """A replica process, and where it listens: ``tcp://HOST:PORT``."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+
+
 @contextmanager
-def _replica(path: Path, bytes_: int) -> Iterator[subprocess.Popen[bytes]]:
-    command = [*LHBLOCK, "replica", str(path), "--size", str(bytes_), "--listen", "127.0.0.1:0"]
+def replica(path: Path, bytes_: int, *, listen: str = "127.0.0.1:0") -> Iterator[ServedReplica]:
+    """Serve a replica for the block; it may be killed meanwhile."""
+    command = [*LHBLOCK, "replica", str(path), "--size", str(bytes_), "--listen", listen]
     with (
         path.with_suffix(".log").open("wb") as log,
         subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=log) as process,
     ):
         try:
-            yield process
+            assert process.stdout is not None
+            control = json.loads(process.stdout.readline())["control"]
+            yield ServedReplica(process, f"tcp://{control}")
             process.terminate()
             process.wait(STOP_TIMEOUT_S)
         finally:
