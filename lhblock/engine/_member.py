@@ -179,6 +179,11 @@ class Member(ABC):
         """Whether a failure that the core reported says nothing of its disk, only of the way."""
         return False
 
+    @property
+    def store_ended(self) -> bool:
+        """Whether the store is of no use any more, which the core says only of published ones."""
+        return False
+
     def witness(self) -> Witness | None:
         """What its host says of itself, as far as it is known; does not wait for another host."""
         return None

@@ -148,6 +148,10 @@ class RemoteMember(Member):
             and PeerEnd(self.store.statistics().end_reason) in _CONNECTION_ENDS
         )
 
+    @property
+    def store_ended(self) -> bool:
+        return self.store.statistics().end_reason != PeerEnd.NONE
+
     def witness(self) -> Witness | None:
         hello = self._hello
         if not hello.boot_id:

@@ -17,6 +17,7 @@ holds them may be waiting for I/O that waits for the fence.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -51,6 +52,8 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _QUORUM_POLL_S: Final = 0.5
+_EVENT_WAIT_S: Final = 5.0
+_EVENT_POLL_S: Final = 0.001
 
 _MODES: Final[Mapping[MemberState, ReplicaMode]] = {
     MemberState.USABLE: "RW",
@@ -357,6 +360,10 @@ class ReplicaSet:
                 member.state = MemberState.FAILING
                 member.error = f"cannot record that it is complete: {sentence(error)}"
                 raise
+            if member.state is not MemberState.REBUILDING:
+                # It has lost its mark and is named as a member, so it has to be left behind.
+                member.state = MemberState.FAILING
+                raise ReplicaIO(member.address, f"was lost while it was let in: {member.error}")
             member.finish_promotion()
             self._forget_missed(member)
             member.state = MemberState.USABLE
@@ -497,7 +504,9 @@ class ReplicaSet:
         lost = {each.generation.replica_id: each for each in failing if each.opened}
         with trio.move_on_after(self._quorum_wait_s):
             while not self._ending.is_set():
-                for replica_id in lost.keys() - agreed:
+                for replica_id in lost:
+                    if replica_id in agreed:
+                        continue
                     try:
                         await run_fence(lost[replica_id].leave_behind, made)
                     except (ReplicaLocked, ReplicaStale) as error:
@@ -589,8 +598,7 @@ class ReplicaSet:
                     yield
                 finally:
                     try:
-                        await self.fence()
-                        self.publish()
+                        await self._publish_present()
                     except NativeError as error:
                         self.fault(f"the replica set cannot be changed: {error}")
                         # Now without those that left, though the last one may have ended: who
@@ -599,6 +607,28 @@ class ReplicaSet:
                     finally:
                         self._native.thaw()
                         self.pause_ns_last = time.monotonic_ns() - begun_ns
+
+    async def _publish_present(self) -> None:
+        """Fence and publish. I/O is frozen.
+
+        A peer may have ended, so that the core does not take it, while the event that says so is
+        on its way to us.
+        """
+        limit_s = trio.current_time() + _EVENT_WAIT_S
+        while True:
+            await self.fence()
+            try:
+                self.publish()
+            except NativeError as error:
+                if error.errno != errno.ENOTCONN or trio.current_time() > limit_s:
+                    raise
+            else:
+                return
+            for member in self.rebuilding:
+                if member.store_ended:  # before it was published, so there will be no event
+                    self.lose_rebuilding(member, "its connection ended before it took part")
+            await trio.sleep(_EVENT_POLL_S)
+            self._deliver_events()
 
     async def each(
         self,
@@ -649,7 +679,8 @@ class ReplicaSet:
             if not any(member.state is MemberState.USABLE for member in results):
                 # What they did alone makes them different from the others.
                 for member in results:
-                    self.lose_rebuilding(member, f"no other replica came through {during}")
+                    if member.state is MemberState.REBUILDING:
+                        self.lose_rebuilding(member, f"no other replica came through {during}")
                 failed = [m for m in errors if m.state is MemberState.USABLE]
                 if not failed:
                     raise VolumeFaulted(self._name, f"no usable replica is left while {during}")
