@@ -34,6 +34,8 @@ STORES_MAX = 8
 MERGE_STEP_BYTES = 64 << 20
 DIRTY_GRANULE_BYTES = 64 << 10
 RANGE_STEP_BYTES = 32 << 10
+ACTIVITY_EXTENT_BYTES = 4 << 20
+ACTIVITY_ID_BYTES = 16
 
 STORE_DIRECT = 1
 STORE_READ_ONLY = 2
@@ -211,6 +213,8 @@ def _module() -> Any:
         "LHB_MERGE_STEP_BYTES": MERGE_STEP_BYTES,
         "LHB_DIRTY_GRANULE_BYTES": DIRTY_GRANULE_BYTES,
         "LHB_RANGE_STEP_BYTES": RANGE_STEP_BYTES,
+        "LHB_ACTIVITY_EXTENT_BYTES": ACTIVITY_EXTENT_BYTES,
+        "LHB_ACTIVITY_ID_BYTES": ACTIVITY_ID_BYTES,
         "LHB_STORE_DIRECT": STORE_DIRECT,
         "LHB_STORE_READ_ONLY": STORE_READ_ONLY,
         "LHB_PEER_OURS": PEER_OURS,
@@ -300,6 +304,84 @@ def file_extents(fd: int, offset_bytes: int = 0) -> list[Extent]:
         if count < EXTENTS_MAX:
             return extents
         offset_bytes = extents[-1].offset_bytes + extents[-1].length_bytes
+
+
+def encode_activity(log_id: bytes, size_bytes: int) -> bytes:
+    """The file of an activity log in which all is cold.
+
+    Args:
+      log_id: ``ACTIVITY_ID_BYTES`` of it.
+      size_bytes: of the volume.
+    """
+    module = _module()
+    length_bytes = int(module.lib.lhb_activity_file_bytes(size_bytes))
+    file = module.ffi.new("char[]", length_bytes)
+    module.lib.lhb_activity_encode(_activity_id(log_id), size_bytes, file)
+    return bytes(module.ffi.buffer(file, length_bytes))
+
+
+def _activity_id(log_id: bytes) -> Any:
+    if len(log_id) != ACTIVITY_ID_BYTES:
+        raise ValueError(f"an id of {len(log_id)} bytes")
+    return _module().ffi.new("uint8_t[]", log_id)
+
+
+@dataclass(frozen=True)
+class ActivityState:
+    """What an activity log says beside its extents.
+
+    Attributes:
+      sequence: of its last transaction.
+      coolings: transactions that turned extents cold.
+      pages: how many the volume has.
+      pages_lost: those that say nothing, so that all of their extents count as hot.
+    """
+
+    sequence: int
+    coolings: int
+    pages: int
+    pages_lost: int
+
+
+class ActivityMap:
+    """The extents that are hot in any of some activity logs.
+
+    Args:
+      size_bytes: of the volume.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        module = _module()
+        self._lib, self._ffi = module.lib, module.ffi
+        self._size_bytes = size_bytes
+        self._bits = module.ffi.new("uint64_t[]", module.lib.LHB_ACTIVITY_BITMAP_BYTES // 8)
+
+    def add(self, file: bytes, log_id: bytes) -> ActivityState:
+        """Add what the file of a log says; nothing in it is believed but pages of its id."""
+        state = self._ffi.new("struct lhb_activity_state *")
+        self._lib.lhb_activity_decode(
+            self._ffi.from_buffer(file),
+            len(file),
+            _activity_id(log_id),
+            self._size_bytes,
+            self._bits,
+            state,
+        )
+        return ActivityState(state.sequence, state.coolings, state.pages, state.pages_lost)
+
+    def ranges(self) -> list[Extent]:
+        """Hot ranges of the volume, in order, adjacent ones joined."""
+        batch = self._ffi.new("struct lhb_extent[]", EXTENTS_MAX)
+        ranges: list[Extent] = []
+        offset_bytes = 0
+        while True:
+            count = self._lib.lhb_activity_ranges(
+                self._bits, self._size_bytes, offset_bytes, batch, EXTENTS_MAX
+            )
+            ranges += [Extent(batch[i].offset_bytes, batch[i].length_bytes) for i in range(count)]
+            if count < EXTENTS_MAX:
+                return ranges
+            offset_bytes = ranges[-1].offset_bytes + ranges[-1].length_bytes
 
 
 def arm_fault(point: str, error: int, *, store_id: int = 0, skip: int = 0, times: int = 1) -> None:
@@ -822,6 +904,32 @@ class NativeVolume(_Handle):
         """
         result = self._lib.lhb_dirty_clear(self.raw, tracker_id, offset_bytes, length_bytes)
         _check("clear changes", result)
+
+    def start_activity(self, log_id: bytes) -> None:
+        """Record changes in the activity log from now on. Before the first request.
+
+        Args:
+          log_id: that of the empty logs in the directories of the stores.
+        """
+        result = self._lib.lhb_volume_activity_start(self.raw, _activity_id(log_id))
+        _check("start the activity log", result)
+
+    def write_activity(self) -> None:
+        """Let every store that is published have the whole activity log. Blocking."""
+        _check("write the activity log", self._lib.lhb_volume_activity_write(self.raw))
+
+    def cool_activity(self) -> int:
+        """Flush, and let extents turn cold that were not changed since the last call. Blocking.
+
+        Returns:
+          How many.
+        """
+        return _check("flush for the activity log", self._lib.lhb_volume_activity_cool(self.raw))
+
+    @property
+    def hot_extents(self) -> int:
+        """Extents of ``ACTIVITY_EXTENT_BYTES`` that a crash now would have compared."""
+        return int(self._lib.lhb_volume_activity_hot(self.raw))
 
     def statistics(self) -> NativeStatistics:
         """Totals since the volume was opened."""

@@ -385,6 +385,53 @@ int lhb_dirty_mark (lhb_volume *volume, uint64_t tracker_id,
 int lhb_dirty_clear (lhb_volume *volume, uint64_t tracker_id,
                      uint64_t offset_bytes, uint64_t length_bytes);
 
+/* ---- Activity log: where replicas may differ after a crash
+ * (docs/internals/activity-log.md).
+ *
+ * A bit for each extent of LHB_ACTIVITY_EXTENT_BYTES; the last of
+ * LHB_ACTIVITY_BITMAP_BYTES * 8 stands for the rest of a volume. */
+#define LHB_ACTIVITY_EXTENT_BYTES 4194304
+#define LHB_ACTIVITY_PAGE_BYTES 4096
+#define LHB_ACTIVITY_PAGES_MAX 126
+#define LHB_ACTIVITY_BITMAP_BYTES 508032
+#define LHB_ACTIVITY_ID_BYTES 16
+
+struct lhb_activity_state {
+  uint64_t sequence;                /* of the last transaction */
+  uint64_t coolings;                /* transactions that turned extents cold */
+  uint32_t pages, pages_lost;       /* lost ones: all of their bits are set */
+};
+
+/* Bytes of the file of a volume. */
+uint64_t lhb_activity_file_bytes (uint64_t size_bytes);
+/* A log in which all is cold; 'file_out' has lhb_activity_file_bytes. */
+void lhb_activity_encode (const uint8_t *id, uint64_t size_bytes,
+                          char *file_out);
+/* Add what a file says to a bitmap of LHB_ACTIVITY_BITMAP_BYTES.  Nothing in
+ * it is believed but pages of this id. */
+void lhb_activity_decode (const char *file, uint64_t length_bytes,
+                          const uint8_t *id, uint64_t size_bytes,
+                          uint64_t *bitmap_io,
+                          struct lhb_activity_state *state_out);
+/* The hot ranges at and after offset_bytes, which is the end of an extent or
+ * 0: adjacent ones joined, the last one cut at the end of the volume, at most
+ * 'max'.  Returns the count. */
+uint32_t lhb_activity_ranges (const uint64_t *bitmap, uint64_t size_bytes,
+                              uint64_t offset_bytes,
+                              struct lhb_extent *ranges_out, uint32_t max);
+
+/* From now on record changes, while there are two stores or more, whose
+ * directories have an empty log of this id.  Before the first request. */
+int lhb_volume_activity_start (lhb_volume *volume, const uint8_t *id);
+/* Blocking: when it returns 0 every store that is published has the whole log.
+ */
+int lhb_volume_activity_write (lhb_volume *volume);
+/* Blocking: flush, and let extents turn cold that were not changed since the
+ * last call.  Returns how many. */
+int64_t lhb_volume_activity_cool (lhb_volume *volume);
+/* Hot extents, now. */
+uint64_t lhb_volume_activity_hot (lhb_volume *volume);
+
 /* ---- NBD transmission phase.
  *
  * The socket is past its handshake.  On success it belongs to the core, which

@@ -165,5 +165,8 @@ def _undo_revert(behind: Member, ahead: Member) -> bool:
     parent = old.parents[HEAD]
     if not parent:
         return False
+    # Its new head is empty: should the next step not come, nothing else says that all of it has to
+    # be filled.
+    ahead.forget_activity()
     ahead.undo_revert(parent, created=utc_now())
     return True

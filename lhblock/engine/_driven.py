@@ -410,6 +410,8 @@ def _open(
             )
             # Discards noted until now are gone; those noted from now on count.
             directory.note_repaired()
+        # What that engine writes is in no log.
+        member.forget_activity()
         member.open_store()
         native = NativeVolume(engine, directory.size_bytes, 0)
     except BaseException:

@@ -7,6 +7,7 @@ lives here and changes only under the volume's structure lock.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from lhblock._native import (
     NativeStore,
     NativeUnit,
     NativeVolume,
+    encode_activity,
 )
 from lhblock.engine import _layer_file as files
 from lhblock.engine._alignment import Alignment, align
@@ -213,6 +215,18 @@ class LocalMember(Member):
 
     def set_rebuilding(self, rebuilding: bool) -> None:
         self.directory.set_rebuilding(rebuilding)
+
+    # ---- Its activity log.
+
+    def read_activity(self) -> bytes:
+        return self.directory.read_activity()
+
+    def make_activity(self, log_id: str) -> None:
+        log = encode_activity(uuid.UUID(log_id).bytes, self.directory.size_bytes)
+        self.directory.write_activity(log)
+
+    def forget_activity(self) -> None:
+        self.directory.forget_activity()
 
     # ---- The tree.
 

@@ -328,6 +328,32 @@ class Member(ABC):
     def set_rebuilding(self, rebuilding: bool) -> None:
         """See ``ReplicaDirectory.set_rebuilding``."""
 
+    # ---- Its activity log. All blocking, durable when they return.
+
+    @abstractmethod
+    def read_activity(self) -> bytes:
+        """The file of its activity log; empty when there is none.
+
+        Raises:
+          ReplicaError: it cannot be read.
+        """
+
+    @abstractmethod
+    def make_activity(self, log_id: str) -> None:
+        """Replace the log by one in which all is cold. No store of it has written to one yet.
+
+        Raises:
+          ReplicaError: the old one is still there.
+        """
+
+    @abstractmethod
+    def forget_activity(self) -> None:
+        """Remove the log: it may differ from others anywhere.
+
+        Raises:
+          ReplicaError: it is still there.
+        """
+
     # ---- The tree. All blocking.
 
     def usage(self) -> SnapshotUsage:

@@ -7,6 +7,7 @@ torn them; record who is missing; only then serve.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ import structlog
 import trio
 
 from lhblock._native import Extent, NativeEngine
+from lhblock.engine._activity import Differences, find_differences
 from lhblock.engine._agreement import agree
 from lhblock.engine._clock import utc_now
 from lhblock.engine._config import VolumeConfig, check_size
@@ -432,6 +434,7 @@ class Opening:
         # A leftover means that a crash met a change of the tree: the snapshot being taken was never
         # acknowledged, and its data may have reached one disk and not another.
         torn_snapshot = any(member.records.torn for member in usable)
+        where = await self._find_differences(usable)
 
         def merge(member: Member) -> None:
             unlink_removed_leaves(member)
@@ -444,13 +447,12 @@ class Opening:
             if member is source:
                 return 0
             changed_bytes = 0
-            ranges = [Extent(0, member.records.size_bytes)]
             pairs = [(member.records.head.name, source.records.head.name)]
             below, source_below = (each.records.head.parent for each in (member, source))
             if torn_snapshot and below and below == source_below:
                 pairs.insert(0, (below, source_below))
             for image, source_image in pairs:
-                changed_bytes += make_equal(member, image, source, source_image, ranges)
+                changed_bytes += make_equal(member, image, source, source_image, where.ranges)
             # Also when no byte changed: a hole that read as zeros may have become data.
             member.reopen_store()
             return changed_bytes
@@ -462,7 +464,13 @@ class Opening:
                 f"{source.address} failed while the replicas were made equal after a crash: "
                 f"{source.error}; open the volume again",
             )
-        log.info("comparing replicas after a crash", volume=self._config.name)
+        log.info(
+            "comparing replicas after a crash",
+            volume=self._config.name,
+            compares="everything" if where.why else "hot extents",
+            bytes=where.length_bytes,
+            why=where.why or None,
+        )
         for member in usable:
             if member is source or member.state is not MemberState.USABLE:
                 continue
@@ -479,6 +487,32 @@ class Opening:
             )
         await self._each(lambda member: member.sync())
 
+    async def _find_differences(self, usable: Sequence[Member]) -> Differences:
+        size_bytes = usable[0].records.size_bytes
+        if self._config.force:
+            return Differences([Extent(0, size_bytes)], "replicas are believed by force")
+        return await run_metadata(find_differences, usable, size_bytes)
+
+    async def _make_activity(self) -> str:
+        """Empty activity logs in all replicas, which are equal now; the id, or "": there is none.
+
+        Without one everything is compared after a crash, so nothing fails for the want of it.
+        """
+        if len(self.members) == 1 or any(isinstance(m, PlainMember) for m in self._usable):
+            return ""
+        log_id = str(uuid.uuid4())
+
+        def make() -> None:
+            for member in self._usable:
+                member.make_activity(log_id)
+
+        try:
+            await run_metadata(make)
+        except (LhblockError, OSError) as error:
+            log.warning("no activity log", volume=self._config.name, reason=sentence(error))
+            return ""
+        return log_id
+
     async def _record_opening(self) -> None:
         """Make generations durable that name every absent member stale, before anything is served.
 
@@ -488,9 +522,14 @@ class Opening:
         """
         await self._record_members()
         await self._each(lambda member: member.note_repaired())
-        await self._record_members()
+        await self._record_members(await self._make_activity())
 
-    async def _record_members(self) -> None:
+    async def _record_members(self, activity: str | None = None) -> None:
+        """One generation.
+
+        Args:
+          activity: the id of the activity log from now on; None: still that of the last opening.
+        """
         while True:
             usable = self._usable
             best = max(usable, key=lambda member: member.generation.counter).generation
@@ -504,7 +543,9 @@ class Opening:
             usable = self._usable
             present = {member.generation.replica_id for member in usable}
             missing = [member for member in best.members if member not in present]
-            if not missing and len(usable) == 1 and best.counter != UNSERVED:
+            log_id = best.activity if activity is None else activity
+            same = best.counter != UNSERVED and best.activity == log_id
+            if not missing and len(usable) == 1 and same:
                 return
             # What fewer than enough members have does not count, as if it had not been written.
             self._committed = self._committed or best.members
@@ -516,6 +557,7 @@ class Opening:
             made = leave_behind(usable, missing, reason, joined=again)
             if self._config.force:
                 made = {m: each.with_agreement(self._committed) for m, each in made.items()}
+            made = {member: replace(each, activity=log_id) for member, each in made.items()}
 
             def write(member: Member, made: dict[Member, Generation] = made) -> None:
                 member.write_generation(made[member])

@@ -288,6 +288,7 @@ class PlainMember(Member):
     layer_stamp = occupied_units = lend_layer = reopen_store = _refuses(
         "it cannot be made equal to another one"
     )
+    read_activity = make_activity = forget_activity = _refuses("it keeps no activity log")
     read_progress = write_progress = forget_progress = _refuses("it has no rebuild")
     finish_snapshot = undo_revert = _refuses("a change that was cut short cannot be repaired there")
     open_view = _refuses("its snapshots cannot be read; revert to one, or copy its directory")

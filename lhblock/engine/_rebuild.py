@@ -30,7 +30,7 @@ from lhblock.engine._member import Member, MemberState, sentence
 from lhblock.engine._missed import units_of
 from lhblock.engine._replica_set import ReplicaSet
 from lhblock.engine._snapshots import SnapshotTree
-from lhblock.engine._threads import run_copy, run_metadata
+from lhblock.engine._threads import run_copy, run_io, run_metadata
 from lhblock.engine._throttle import Throttle
 from lhblock.errors import (
     LhblockError,
@@ -373,6 +373,9 @@ class Rebuilder:
             )
             if member.missed is not None:
                 member.missed.aligned(alignment)
+            if like.activity:
+                # Before anything is written there: the core lets it have the rest of the log.
+                member.make_activity(like.activity)
             member.open_store(write_only=True)
 
         await run_metadata(prepare)
@@ -511,6 +514,8 @@ class Rebuilder:
         await run_metadata(member.sync)
         await run_metadata(member.prepare_promotion)
         try:
+            # From here on it may be believed.
+            await run_io(self._native.write_activity)
             await self._replicas.join(member)
             async with self._replicas.frozen():
                 if member.state is not MemberState.REBUILDING:

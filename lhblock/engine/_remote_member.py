@@ -330,6 +330,18 @@ class RemoteMember(Member):
         self._quick("SetRebuilding", pb.PeerFlag(value=rebuilding))
         self._note(rebuilding=rebuilding)
 
+    # ---- Its activity log.
+
+    def read_activity(self) -> bytes:
+        data: bytes = self._quick("ReadActivity").data
+        return data
+
+    def make_activity(self, log_id: str) -> None:
+        self._quick("MakeActivity", pb.PeerText(value=log_id))
+
+    def forget_activity(self) -> None:
+        self._quick("ForgetActivity")
+
     # ---- The tree.
 
     def layer_size(self, image: str) -> LayerSize:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from lhblock._native import (
     EventType,
     NativeVolume,
 )
+from lhblock.engine._activity import ActivityRounds
 from lhblock.engine._config import VolumeConfig
 from lhblock.engine._device import Connection, Device
 from lhblock.engine._info import (
@@ -119,6 +121,7 @@ class Volume(Device):
             self._snapshots.lock,
             pinned=lambda: self._views.pinned() | self._rebuilder.pinned(),
         )
+        self._rounds = ActivityRounds(config.name, native)
         self._scrubber = Scrubber(config.name, self._replicas, self._snapshots.lock)
         self.config = config
 
@@ -560,6 +563,7 @@ class Volume(Device):
             self._nursery.start_soon(self._merger.run)
             self._rebuilder.member_left()
             self._nursery.start_soon(self._rebuilder.run)
+            self._nursery.start_soon(self._rounds.run)
 
     async def _close_native(self) -> None:
         self._replicas.stop_waiting()
@@ -567,6 +571,7 @@ class Volume(Device):
         if not self.read_only:
             await self._rebuilder.stop()
             await self._merger.stop()
+            await self._rounds.stop()
         async with self._snapshots.lock:
             await self._replicas.close_native()
 
@@ -632,9 +637,21 @@ async def _close_members(config: VolumeConfig, members: list[Member]) -> None:
 
 
 async def _open_native(engine: Engine, config: VolumeConfig, members: list[Member]) -> NativeVolume:
-    size_bytes = next(m for m in members if m.state is MemberState.USABLE).records.size_bytes
+    records = next(m for m in members if m.state is MemberState.USABLE).records
     flags = VOLUME_READ_ONLY if config.read_only else 0
+    activity = "" if records.generation is None else records.generation.activity
+
+    def open_native() -> NativeVolume:
+        native = NativeVolume(engine.native, records.size_bytes, flags)
+        try:
+            if activity and not config.read_only:
+                native.start_activity(uuid.UUID(activity).bytes)
+        except BaseException:
+            native.close()
+            raise
+        return native
+
     try:
-        return await run_metadata(NativeVolume, engine.native, size_bytes, flags)
+        return await run_metadata(open_native)
     except NativeError as error:
         raise VolumeError(config.name, f"cannot be opened: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -254,6 +255,14 @@ def count(value: int) -> int:
     if value >= _COUNT_MAX:
         raise MalformedError(f"has {value} where a length belongs")
     return value
+
+
+def decode_uuid(text: str) -> str:
+    """Raises MalformedError: it is no UUID."""
+    try:
+        return str(uuid.UUID(text))
+    except ValueError as error:
+        raise MalformedError(f"has {text!r:.40} where a UUID belongs") from error
 
 
 # ---- Errors.

@@ -82,6 +82,11 @@ class PeerService:
             "LayerSizes": lambda member, _: pb.PeerSizes(
                 layers=wire.encode_sizes(member.layer_sizes())
             ),
+            "ReadActivity": lambda member, _: pb.PeerData(data=member.read_activity()),
+            "MakeActivity": lambda member, request: member.make_activity(
+                wire.decode_uuid(request.value)
+            ),
+            "ForgetActivity": lambda member, _: member.forget_activity(),
             "SettleSnapshot": lambda member, _: member.settle_snapshot(),
             "AbandonHead": _abandon_head,
             "BeginMerge": lambda member, request: pb.PeerMergeToken(

@@ -12,7 +12,7 @@ from lhblock.replica._checksum import (
     write_checksum,
 )
 from lhblock.replica._create import Probe, has_room
-from lhblock.replica._directory import EXPANSION_LABEL, ReplicaDirectory
+from lhblock.replica._directory import ACTIVITY_NAME, EXPANSION_LABEL, ReplicaDirectory
 from lhblock.replica._generation import (
     OPENED,
     UNSERVED,
@@ -54,6 +54,7 @@ from lhblock.replica._pending import PendingHead
 from lhblock.replica._progress import PROGRESS_NAME, LayerStamp, RebuildProgress
 
 __all__ = [
+    "ACTIVITY_NAME",
     "BLOCK_BYTES",
     "EXPANSION_LABEL",
     "LAYERS_MAX",

@@ -25,7 +25,7 @@ ASIDE_MAX = 1000
 """Images set aside under one name; beyond that somebody has to look."""
 
 _TRANSIENT = re.compile(
-    r"volume\.meta\.tmp|lhblock\.generation\.tmp|lhblock\.rebuild\.tmp"
+    r"volume\.meta\.tmp|lhblock\.generation\.tmp|lhblock\.rebuild\.tmp|lhblock\.activity\.tmp"
     r"|volume-(?:head|snap)-.+\.img\.meta\.tmp"
     r"|volume-(?:head|snap)-.+\.img\.checksum\.\.?tmp"
     r"|volume-delta-.+\.img(?:\.meta(?:\.tmp)?)?"

@@ -57,6 +57,7 @@ from lhblock.replica._survey import (
 )
 
 EXPANSION_LABEL = "replica-expansion"
+ACTIVITY_NAME = "lhblock.activity"
 
 
 class ReplicaDirectory:
@@ -215,7 +216,12 @@ class ReplicaDirectory:
         that another program has closed it.
         """
         with _doing(self.path, "mark it as in use"):
-            marked = replace(self._volume, dirty=True, error="", parent=self.head.parent)
+            foreign = self._volume.dirty and not self._volume.ours
+            if foreign and unlink_if_there(self.dir_fd, ACTIVITY_NAME):
+                # Another program has used it, and crashed like us; it knows of no log. This is
+                # durable before the next line hides that.
+                sync_directory(self.dir_fd)
+            marked = replace(self._volume, dirty=True, error="", parent=self.head.parent, ours=True)
             # A full disk can be opened again after a crash, because then there is nothing to write.
             if encode_volume(marked) != volume_bytes:
                 self._write_volume(marked)
@@ -670,6 +676,38 @@ class ReplicaDirectory:
         """
         with _doing(self.path, f"remove {PROGRESS_NAME}"):
             unlink_if_there(self.dir_fd, PROGRESS_NAME)
+
+    # ---- The activity log. Its content is the core's business.
+
+    def read_activity(self) -> bytes:
+        """The file of the activity log; empty when there is none.
+
+        Raises:
+          ReplicaIO: it cannot be read.
+        """
+        with _doing(self.path, f"read {ACTIVITY_NAME}"):
+            return read_small(self.dir_fd, ACTIVITY_NAME) or b""
+
+    def write_activity(self, data: bytes) -> None:
+        """Replace it, durable when it returns.
+
+        Raises:
+          ReplicaIO: the old one is still there.
+        """
+        assert not self.read_only
+        with _doing(self.path, f"write {ACTIVITY_NAME}"):
+            write_durable(self.dir_fd, ACTIVITY_NAME, data, mode=0o600, spare=False)
+
+    def forget_activity(self) -> None:
+        """Remove it, durable when it returns: the replica may differ anywhere from now on.
+
+        Raises:
+          ReplicaIO: it is still there.
+        """
+        assert not self.read_only
+        with _doing(self.path, f"remove {ACTIVITY_NAME}"):
+            if unlink_if_there(self.dir_fd, ACTIVITY_NAME):
+                sync_directory(self.dir_fd)
 
     # ---- Volume state.
 

@@ -89,7 +89,8 @@ class Generation:
 
     ``members`` are the replica ids that have every write of this generation. ``head`` is None while
     the directory is open for writing. ``torn`` and ``written_elsewhere`` are what an open found and
-    nobody has made good since; see ``ReplicaDirectory``.
+    nobody has made good since; see ``ReplicaDirectory``. ``activity`` is the id of the activity log
+    under which the volume was opened last; empty: there is none.
     """
 
     volume_id: str
@@ -101,6 +102,7 @@ class Generation:
     head: HeadFingerprint | None = None
     torn: bool = False
     written_elsewhere: str = ""
+    activity: str = ""
     version: int = _VERSION
 
     def encode(self) -> bytes:
@@ -148,6 +150,7 @@ class Generation:
             ),
             torn=payload["torn"] is True,
             written_elsewhere=_text(payload["written_elsewhere"]),
+            activity=_uuid_or_none(payload.get("activity", "")),
         )
 
     def with_agreement(self, agreed: Collection[str]) -> Generation:
@@ -175,6 +178,10 @@ def _text(value: object) -> str:
 
 def _uuid(value: object) -> str:
     return str(uuid.UUID(_text(value)))
+
+
+def _uuid_or_none(value: object) -> str:
+    return _uuid(value) if value else ""
 
 
 def _count(value: object) -> int:

@@ -21,6 +21,7 @@ LAYERS_MAX = 250
 """Files of a live chain, and disks of a directory, head included."""
 
 _SECTOR_BYTES = 512
+_OURS_KEY = "Lhblock"
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _WHITE = re.compile(r"[ \t\r\n]*")
 
@@ -53,7 +54,12 @@ class Disk:
 
 @dataclass(frozen=True)
 class VolumeMeta:
-    """What ``volume.meta`` says."""
+    """What ``volume.meta`` says.
+
+    Attributes:
+      ours: it is as we left it in use. Longhorn writes it anew whenever it opens a replica, and
+        knows only its own keys.
+    """
 
     size_bytes: int = 0
     head: str = ""
@@ -63,6 +69,7 @@ class VolumeMeta:
     parent: str = ""
     backing_file: str = ""
     encrypted: bool = False
+    ours: bool = False
 
 
 def why_bad_size(size_bytes: int) -> str | None:
@@ -161,6 +168,7 @@ def parse_volume(data: bytes) -> VolumeMeta:
         parent=_image(members, "Parent", head=False),
         backing_file=text_member(members, "BackingFilePath"),
         encrypted=flag_member(members, "Encrypted"),
+        ours=flag_member(members, _OURS_KEY),
     )
 
 
@@ -202,7 +210,7 @@ def encode_go(value: object) -> bytes:
 
 
 def encode_volume(meta: VolumeMeta) -> bytes:
-    """The bytes of ``volume.meta``."""
+    """The bytes of ``volume.meta``; those of a replica that we have closed are Longhorn's."""
     assert why_bad_size(meta.size_bytes) is None, meta.size_bytes
     assert is_head(meta.head), meta.head
     return encode_go(
@@ -216,6 +224,7 @@ def encode_volume(meta: VolumeMeta) -> bytes:
             "SectorSize": _SECTOR_BYTES,
             "BackingFilePath": meta.backing_file,
             "Encrypted": meta.encrypted,
+            **({_OURS_KEY: True} if meta.dirty else {}),
         }
     )
 

@@ -18,6 +18,8 @@
   X (UNIT_READ, "unit.read")                                                  \
   X (UNIT_WRITE, "unit.write")                                                \
   X (UNIT_SYNC, "unit.sync")                                                  \
+  X (ACTIVITY_WRITE, "activity.write")                                        \
+  X (ACTIVITY_SYNC, "activity.sync")                                          \
   X (MAP_ALLOC, "map.alloc")                                                  \
   X (SOCKET_SEND, "socket.send")                                              \
   X (SOCKET_RECEIVE, "socket.receive")                                        \

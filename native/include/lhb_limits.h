@@ -78,6 +78,14 @@
 #define LHB_TRACKERS_MAX 16             /* replicas away from one volume */
 #define LHB_DIRTY_CHUNK_SHIFT 15        /* granules: 2 GiB, 4 KiB of memory */
 
+/* Extents that are heated together, at most: twice as many as before when the
+ * transaction before began less than LHB_ACTIVITY_BUSY_NS ago, half as many
+ * for each LHB_ACTIVITY_CALM_NS that it is ago. */
+#define LHB_ACTIVITY_WIDTH_MAX 256u
+#define LHB_ACTIVITY_BUSY_NS 10000000ull
+#define LHB_ACTIVITY_CALM_NS 100000000ull
+#define LHB_ACTIVITY_NAME "lhblock.activity"
+
 /* A buffered write slower than this sends the store's writes to the driver
  * for LHB_SLOW_PENALTY_NS, so that a throttled disk does not stall a queue. */
 #define LHB_SLOW_WRITE_NS 20000000ull

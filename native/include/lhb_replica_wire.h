@@ -55,6 +55,9 @@ enum {
   /* Refused with "operation not supported" where zeros would be written. */
   LHB_FRAME_ZERO_FAST = 0x4c06,
   LHB_FRAME_ZERO_FAST_NO_HOLE = 0x4c07,
+  /* The payload is pages of the activity log, each of which says where it
+   * belongs.  They are durable when it is answered. */
+  LHB_FRAME_ACTIVITY = 0x4c08,
 };
 
 /* The text of an Error reply for an errno, and the errno of a text: Longhorn's

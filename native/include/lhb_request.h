@@ -1,6 +1,6 @@
 /* Request: one READ, WRITE, FLUSH, TRIM or ZERO on its way through a volume.
  *
- *   gate? -> claim the range -> execute on the replicas -> hold? -> release
+ *   gate? -> claim the range -> activity log? -> execute on the replicas -> hold? -> release
  *   the range -> complete
  *
  * A request belongs to one queue; all its steps run in that queue's thread,
@@ -22,7 +22,9 @@
 /* Not for Python: call 'probe' in a worker with the range claimed for reading.
  */
 #define LHB_OP_PROBE (LHB_OP_ZERO + 1)
-#define LHB_OP_COUNT (LHB_OP_PROBE + 1)
+/* Of an engine elsewhere: write pages of the activity log, in 'buffer'. */
+#define LHB_OP_ACTIVITY (LHB_OP_PROBE + 1)
+#define LHB_OP_COUNT (LHB_OP_ACTIVITY + 1)
 
 struct lhb_volume;
 struct lhb_request;
@@ -81,6 +83,7 @@ struct lhb_request {
   enum lhb_zero_step zero_step;
   uint64_t zero_offset_bytes, zero_length_bytes;        /* of TRIM and ZERO */
   uint64_t start_ns;
+  uint32_t activity_epoch;      /* it counts in the activity log; 0: not */
   struct lhb_range_claim claim;
   struct lhb_message message;
   struct lhb_job job;           /* a READ or the edges of a WRITE, blocking */

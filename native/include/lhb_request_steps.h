@@ -17,6 +17,10 @@ void lhb_request_submit_job (struct lhb_request *request,
                              void (*run) (struct lhb_job *job),
                              void (*done) (struct lhb_message *message));
 
+/* The activity log has the range of a change that waited for it; or, with the
+ * request's error set, it cannot have it. */
+void lhb_request_heated (struct lhb_request *request);
+
 /* ---- request_legs.c */
 
 /* The leg of every replica that is RW or WO now is ready to be started, and

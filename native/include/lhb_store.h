@@ -42,6 +42,11 @@ struct lhb_store {
 
   pthread_mutex_t discard_lock; /* discard files: read-modify-write of bits */
 
+  pthread_mutex_t activity_lock;
+  int activity_fd;              /* of the activity log; -1 until it is written */
+  bool has_activity;            /* the whole log of the volume is in it; with
+                                   the log's lock */
+
   pthread_mutex_t syncing;      /* held through fdatasync and what it marks */
 
   /* Group commit: one fdatasync runs; those who ask meanwhile share the next.

@@ -31,6 +31,7 @@ struct lhb_counters {
   _Atomic uint64_t in_flight, freeze_ns_max;
 };
 
+struct lhb_activity;
 struct lhb_connection;
 
 struct lhb_volume {
@@ -62,6 +63,7 @@ struct lhb_volume {
   uint64_t last_full_event_ns;
 
   struct lhb_trackers trackers; /* of replicas that were dropped */
+  struct lhb_activity *activity;        /* NULL: nothing is recorded */
 
   struct lhb_counters counters;
 };

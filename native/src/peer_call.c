@@ -11,6 +11,7 @@
 
 #include "lhb_bytes.h"
 #include "lhb_peer_parts.h"
+#include "lhb_request.h"
 #include "lhb_util.h"
 
 /* What a peer that knows only READ and WRITE gets for a TRIM or ZERO. */
@@ -124,6 +125,13 @@ plan_single (const struct lhb_peer *peer, struct lhb_peer_call *call)
   lhb_put_le64 (call->frame + 10, call->offset_bytes);
   if (call->op == LHB_OP_READ)
     call->type = LHB_FRAME_READ;
+  else if (call->op == LHB_OP_ACTIVITY)
+    {
+      call->type = LHB_FRAME_ACTIVITY;
+      call->payload = call->buffer;
+      call->payload_bytes = call->size_bytes;
+      return lhb_peer_is_ours (peer);
+    }
   else
     {
       call->type = call->flags & LHB_IO_FUA && lhb_peer_is_ours (peer)
@@ -257,7 +265,7 @@ lhb_peer_start (struct lhb_store *store, struct lhb_queue *queue,
 {
   struct lhb_peer *peer = store->peer;
 
-  assert (call->op <= LHB_OP_ZERO);
+  assert (call->op <= LHB_OP_ZERO || call->op == LHB_OP_ACTIVITY);
   call->error = 0;
   call->done_bytes = 0;
   call->unsure = false;

@@ -22,6 +22,14 @@ is_write (uint16_t type)
   return type == LHB_FRAME_WRITE || type == LHB_FRAME_WRITE_FUA;
 }
 
+/* What it is about comes with it. */
+static bool
+brings_payload (uint16_t type)
+{
+  return is_write (type) || type == LHB_FRAME_PING
+         || type == LHB_FRAME_ACTIVITY;
+}
+
 /* Longhorn ignores what it does not know, and so do we. */
 static bool
 is_request (uint32_t type)
@@ -29,7 +37,7 @@ is_request (uint32_t type)
   return type == LHB_FRAME_READ || type == LHB_FRAME_WRITE
          || type == LHB_FRAME_PING || type == LHB_FRAME_UNMAP
          || (type >= LHB_FRAME_FLUSH && type <= LHB_FRAME_ZERO_NO_HOLE)
-         || type == LHB_FRAME_ZERO_FAST || type == LHB_FRAME_ZERO_FAST_NO_HOLE;
+         || (type >= LHB_FRAME_ZERO_FAST && type <= LHB_FRAME_ACTIVITY);
 }
 
 static uint32_t
@@ -37,6 +45,11 @@ judge (const struct lhb_connection *connection, const struct lhb_call *call)
 {
   uint64_t size = atomic_load (&connection->volume->size_bytes);
 
+  if (call->type == LHB_FRAME_ACTIVITY)
+    return call->payload_bytes
+                   <= LHB_ACTIVITY_PAGES_MAX * LHB_ACTIVITY_PAGE_BYTES
+               ? 0
+               : EMSGSIZE;
   if (!is_write (call->type) && call->payload_bytes > LHB_BLOCK_BYTES)
     return EMSGSIZE;            /* nothing else has a payload worth reading */
   if (call->type == LHB_FRAME_PING)
@@ -70,8 +83,7 @@ parse (const struct lhb_connection *connection, const uint8_t *header,
   call->type = (uint16_t) type;
   call->cookie = lhb_get_le32 (header + 2);
   call->offset_bytes = lhb_get_le64 (header + 10);
-  /* What counts for a write is what it brings. */
-  call->length_bytes = is_write (call->type) || type == LHB_FRAME_PING
+  call->length_bytes = brings_payload (call->type)
                            ? call->payload_bytes
                            : lhb_get_le32 (header + 18);
   call->refusal = judge (connection, call);
@@ -80,9 +92,9 @@ parse (const struct lhb_connection *connection, const uint8_t *header,
   if (type == LHB_FRAME_READ || is_write (call->type))
     call->slab_blocks
         = lhb_request_span_blocks (call->offset_bytes, call->length_bytes);
-  /* Only a ping's payload is kept, but any is received: into a buffer. */
+  /* Whatever comes is received: into a buffer. */
   if (call->payload_bytes > 0 && call->slab_blocks == 0)
-    call->slab_blocks = 1;
+    call->slab_blocks = lhb_request_span_blocks (0, call->payload_bytes);
   if (is_write (call->type))
     {
       call->payload_at = (uint32_t) (call->offset_bytes % LHB_BLOCK_BYTES);
@@ -145,6 +157,10 @@ prepare (struct lhb_request *request, uint16_t type)
     case LHB_FRAME_TRIM:
       request->op = LHB_OP_TRIM;
       return request->length_bytes > 0;
+    case LHB_FRAME_ACTIVITY:
+      request->op = LHB_OP_ACTIVITY;
+      request->offset_bytes = 0;
+      return request->length_bytes > 0;
     default:
       request->op = LHB_OP_ZERO;
       if (type == LHB_FRAME_ZERO_NO_HOLE || type == LHB_FRAME_ZERO_FAST_NO_HOLE)
@@ -186,7 +202,7 @@ static bool
 is_change (uint16_t type)
 {
   return is_write (type) || type == LHB_FRAME_UNMAP
-         || type >= LHB_FRAME_TRIM;
+         || (type >= LHB_FRAME_TRIM && type < LHB_FRAME_ACTIVITY);
 }
 
 /* What an Error reply says of a change: how much of it is done. */

@@ -6,6 +6,7 @@
 #include <assert.h>
 #include <errno.h>
 
+#include "lhb_activity.h"
 #include "lhb_queue.h"
 #include "lhb_request_steps.h"
 #include "lhb_util.h"
@@ -28,6 +29,8 @@ lhb_request_finish (struct lhb_request *request)
   if (request->error)
     lhb_count (&counters->errors, 1);
   atomic_fetch_sub_explicit (&counters->in_flight, 1, memory_order_relaxed);
+  if (request->activity_epoch != 0)
+    lhb_activity_leave (request);
   /* Last: a volume that closes waits for the claims, and may be gone then. */
   lhb_range_release (request->volume->ranges, &request->claim);
   request->complete (request);
@@ -77,7 +80,7 @@ run_probe (struct lhb_job *job)
 }
 
 static void
-handle_probe_done (struct lhb_message *message)
+handle_job_done (struct lhb_message *message)
 {
   lhb_request_finish (lhb_container_of (message, struct lhb_request, job.done));
 }
@@ -88,6 +91,60 @@ static bool
 depends_on_gate (const struct lhb_request *request)
 {
   return request->op == LHB_OP_FLUSH || request->flags & LHB_IO_FUA;
+}
+
+/* ---- ACTIVITY. */
+
+static void
+run_activity (struct lhb_job *job)
+{
+  struct lhb_request *request
+      = lhb_container_of (job, struct lhb_request, job);
+
+  request->error = lhb_activity_write_images (
+      request->volume->stores[0], request->buffer, request->length_bytes);
+}
+
+static bool
+is_change (const struct lhb_request *request)
+{
+  return request->op == LHB_OP_WRITE || request->op == LHB_OP_TRIM
+         || request->op == LHB_OP_ZERO;
+}
+
+static void
+run (struct lhb_request *request)
+{
+  switch (request->op)
+    {
+    case LHB_OP_READ:
+      lhb_request_read (request);
+      return;
+    case LHB_OP_WRITE:
+      lhb_request_write (request);
+      return;
+    case LHB_OP_FLUSH:
+      lhb_request_flush (request);
+      return;
+    case LHB_OP_PROBE:
+      lhb_request_submit_job (request, run_probe, handle_job_done);
+      return;
+    case LHB_OP_ACTIVITY:
+      lhb_request_submit_job (request, run_activity, handle_job_done);
+      return;
+    default:
+      lhb_request_zero (request);
+      return;
+    }
+}
+
+void
+lhb_request_heated (struct lhb_request *request)
+{
+  if (request->error)
+    lhb_request_finish_change (request);
+  else
+    run (request);
 }
 
 static void
@@ -104,24 +161,8 @@ execute (struct lhb_request *request)
         claim_range (request);
       return;
     }
-  switch (request->op)
-    {
-    case LHB_OP_READ:
-      lhb_request_read (request);
-      return;
-    case LHB_OP_WRITE:
-      lhb_request_write (request);
-      return;
-    case LHB_OP_FLUSH:
-      lhb_request_flush (request);
-      return;
-    case LHB_OP_PROBE:
-      lhb_request_submit_job (request, run_probe, handle_probe_done);
-      return;
-    default:
-      lhb_request_zero (request);
-      return;
-    }
+  if (!is_change (request) || lhb_activity_enter (request))
+    run (request);
 }
 
 static void
@@ -148,6 +189,7 @@ claim_range (struct lhb_request *request)
     [LHB_OP_READ] = LHB_RANGE_READ,   [LHB_OP_WRITE] = LHB_RANGE_WRITE,
     [LHB_OP_FLUSH] = LHB_RANGE_FLUSH, [LHB_OP_TRIM] = LHB_RANGE_WRITE,
     [LHB_OP_ZERO] = LHB_RANGE_WRITE,  [LHB_OP_PROBE] = LHB_RANGE_READ,
+    [LHB_OP_ACTIVITY] = LHB_RANGE_FLUSH,
   };
   struct lhb_volume *volume = request->volume;
   uint64_t last = request->offset_bytes + request->length_bytes;
@@ -185,6 +227,7 @@ lhb_request_start (struct lhb_request *request)
   request->unsure = false;
   request->tried_mask = 0;
   request->zero_step = LHB_ZERO_WHOLE;
+  request->activity_epoch = 0;
   request->start_ns = lhb_now_ns ();
   lhb_count (&volume->counters.in_flight, 1);
   if (depends_on_gate (request) && lhb_volume_wait_gate (volume, request))

@@ -34,9 +34,11 @@ lhb_store_make (struct lhb_engine *engine, uint64_t size_bytes)
   store->id = lhb_engine_new_id (engine);
   store->size_bytes = size_bytes;
   store->dir_fd = -1;
+  store->activity_fd = -1;
   store->sync_job.run = run_sync;
   store->sync_job.done.handle = finish_sync;
   lhb_mutex_init (&store->discard_lock);
+  lhb_mutex_init (&store->activity_lock);
   lhb_mutex_init (&store->sync_lock);
   lhb_mutex_init (&store->syncing);
   return store;
@@ -102,9 +104,12 @@ lhb_store_close (lhb_store *store)
     close_layer (store, &store->layers[id]);
   if (store->map != NULL)
     lhb_map_close (store->map);
+  if (store->activity_fd >= 0)
+    close (store->activity_fd);
   if (store->dir_fd >= 0)
     close (store->dir_fd);
   pthread_mutex_destroy (&store->discard_lock);
+  pthread_mutex_destroy (&store->activity_lock);
   pthread_mutex_destroy (&store->sync_lock);
   pthread_mutex_destroy (&store->syncing);
   free (store);

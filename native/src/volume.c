@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "lhb_activity.h"
 #include "lhb_connection.h"
 #include "lhb_fuse.h"
 #include "lhb_peer.h"
@@ -115,6 +116,7 @@ lhb_volume_close (lhb_volume *volume)
       lhb_peer_set_volume (volume->stores[i]->peer, NULL);
   lhb_range_close (volume->ranges);
   lhb_trackers_free (&volume->trackers);
+  lhb_activity_free (volume->activity);
   pthread_cond_destroy (&volume->changed);
   pthread_mutex_destroy (&volume->lock);
   free (volume);

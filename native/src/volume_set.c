@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "lhb_activity.h"
 #include "lhb_peer.h"
 #include "lhb_volume.h"
 
@@ -50,6 +51,8 @@ commit_set (lhb_volume *volume, lhb_store **stores, const uint32_t *modes,
       err = -ENOTCONN;
   if (err == 0)
     {
+      if (volume->activity != NULL && volume->store_count == 1 && count > 1)
+        lhb_activity_heat_all (volume->activity);
       for (uint32_t i = 0; i < count; i++)
         {
           bool is_wo = modes != NULL && modes[i] == LHB_MODE_WO;

@@ -347,6 +347,33 @@ def test_a_lost_volume_meta_is_made_again_from_the_only_head(lost: str, path: Pa
     assert json.loads((path / "volume.meta").read_text())["Size"] == SIZE
 
 
+@pytest.mark.parametrize("clean", [True, False])
+def test_an_activity_log_is_kept_for_the_next_engine(path: Path, clean: bool) -> None:
+    with ReplicaDirectory.open(path) as directory:
+        directory.write_activity(b"a log")
+        directory.close(clean=clean)
+    with ReplicaDirectory.open(path) as directory:
+        assert directory.read_activity() == b"a log"
+        directory.forget_activity()
+        assert directory.read_activity() == b""
+        directory.forget_activity()
+
+
+def test_an_activity_log_ends_when_another_program_has_opened_the_directory(path: Path) -> None:
+    """Though it crashed like us, and left nothing else."""
+    with ReplicaDirectory.open(path) as directory:
+        directory.write_activity(b"a log")
+        directory.close(clean=False)
+    file = path / "volume.meta"
+    members = json.loads(file.read_text())
+    assert members.pop("Lhblock") is True
+    file.write_text(json.dumps(members))
+    with ReplicaDirectory.open(path, read_only=True) as directory:
+        assert directory.read_activity() == b"a log"
+    with ReplicaDirectory.open(path) as directory:
+        assert directory.read_activity() == b""
+
+
 def test_a_recorded_error_is_cleared_when_all_is_sane(path: Path) -> None:
     edit(path / "volume.meta", Error="cannot stat disk")
     with ReplicaDirectory.open(path) as directory:

@@ -31,12 +31,14 @@ VOLUME_LINE = (
 )
 
 
-def test_volume_meta_is_written_byte_for_byte_as_longhorn_does() -> None:
+def test_volume_meta_is_written_byte_for_byte_as_longhorn_does_but_for_our_mark() -> None:
     meta = parse_volume(VOLUME_LINE)
     assert meta == VolumeMeta(
         size_bytes=67108864, head="volume-head-001.img", dirty=True, parent="volume-snap-snap1.img"
     )
-    assert encode_volume(meta) == VOLUME_LINE
+    marked = VOLUME_LINE.replace(b"}", b',"Lhblock":true}')
+    assert encode_volume(meta) == marked
+    assert parse_volume(marked).ours
 
 
 def test_a_record_is_written_with_sorted_labels_and_go_escapes() -> None:

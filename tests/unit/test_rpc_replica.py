@@ -25,7 +25,7 @@ from lhblock.instance._identity import check_identity
 from lhblock.instance._replica import Replica
 from lhblock.instance._replica_process import data_socket_path
 from lhblock.instance._replica_service import ReplicaService
-from lhblock.replica import ReplicaDirectory, peek
+from lhblock.replica import ACTIVITY_NAME, ReplicaDirectory, peek
 from lhblock.rpc import REPLICA, Call, CallFailed, method
 from lhblock.rpc.generated import replica_pb2 as pb
 
@@ -514,6 +514,19 @@ async def test_a_killed_process_is_found_by_the_next(tmp_path: Path) -> None:
             assert replica.dirty
         async with open_driven(engine, tmp_path / "r") as replica:
             assert not replica.dirty
+
+
+async def test_what_another_engine_writes_is_in_no_activity_log(tmp_path: Path) -> None:
+    async with serve(tmp_path / "r"):
+        pass
+    with ReplicaDirectory.open(tmp_path / "r") as directory:
+        directory.write_activity(b"a log")
+        directory.close(clean=False)
+    async with (
+        open_engine(EngineOptions(queues=1, workers=1, driver="pool")) as engine,
+        open_driven(engine, tmp_path / "r"),
+    ):
+        assert not (tmp_path / "r" / ACTIVITY_NAME).exists()
 
 
 def test_peek_reads_without_changing_anything(tmp_path: Path) -> None:
