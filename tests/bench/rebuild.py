@@ -70,7 +70,7 @@ class _Volume:
 
 @contextmanager
 def _serve(directory: Path, addresses: Sequence[str], bytes_: int) -> Iterator[_Volume]:
-    arguments = [word for address in addresses for word in ("--replica", address)]
+    arguments = [word for address in addresses for word in ("--replica", address)] + ["--json"]
     with listen_unix(directory / "socket") as listener:
         command = serve_command(directory / "data", [EXPORT], bytes_, arguments)
         with activated(command, listener, directory / "log"):
