@@ -13,7 +13,8 @@ PACKAGES := \
 	liburing-dev \
 	nbd-client \
 	fuse3 libfuse3-dev \
-	nbdkit nbdkit-plugin-python gnutls-bin libnbd-bin python3-libnbd qemu-utils fio e2fsprogs xfsprogs zstd \
+	nbdkit nbdkit-plugin-python nbdkit-plugin-dev gnutls-bin libnbd-bin python3-libnbd \
+	qemu-utils fio e2fsprogs xfsprogs zstd \
 	qemu-system-x86 qemu-system-common busybox-static cpio \
 	systemd iproute2 \
 	tgt libiscsi-bin open-iscsi qemu-block-extra \
@@ -37,7 +38,7 @@ MODULES := $(shell find lhblock -name '*.py' -not -name '*_pb2*.py')
 
 .PHONY: help packages venv native native-asan native-tsan test-asan test-tsan serve test check lint unit test-native \
 	test-native-asan test-native-tsan fuzz bench wheel proto kernel \
-	tgt-plugin install-tgt-plugin clean
+	tgt-plugin install-tgt-plugin nbdkit-plugin install-nbdkit-plugin clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 18
@@ -95,23 +96,45 @@ native-tsan: $(STAMPS)/native-tsan  ## build/tsan/lib: the package with TSan
 # tgtd of that version is given it.
 TGT_SOURCE := build/tgt-source
 TGT_MODULE = lhblock/frontend/tgt/bs_lhblock-$(shell cat $(TGT_SOURCE)/version 2>/dev/null).so
-TGT_CFLAGS := -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -shared -pthread -fno-strict-aliasing \
+PLUGIN_CFLAGS := -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -shared -pthread -fno-strict-aliasing \
 	-fvisibility=hidden -fstack-protector-strong -Wall -Wextra -Wshadow -Wconversion -Werror
+PLUGIN_HEADERS := native/include/lhb_bytes.h native/include/lhb_nbd.h native/include/lhb_util.h
 
 $(TGT_SOURCE)/version: | packages
 	@plugins/tgt/fetch-source $(TGT_SOURCE)
 
-$(STAMPS)/tgt-plugin: $(wildcard plugins/tgt/*.c plugins/tgt/*.h) native/include/lhb_bytes.h \
-		native/include/lhb_nbd.h native/include/lhb_util.h $(TGT_SOURCE)/version
+$(STAMPS)/tgt-plugin: $(wildcard plugins/tgt/*.c plugins/tgt/*.h) $(PLUGIN_HEADERS) \
+		$(TGT_SOURCE)/version
 	@mkdir -p $(@D)
 	@rm -f lhblock/frontend/tgt/bs_lhblock-*.so
-	$(CC) $(TGT_CFLAGS) -isystem $(TGT_SOURCE)/usr -Inative/include plugins/tgt/*.c -o $(TGT_MODULE)
+	$(CC) $(PLUGIN_CFLAGS) -isystem $(TGT_SOURCE)/usr -Inative/include plugins/tgt/*.c -o $(TGT_MODULE)
 	@touch $@
 
 tgt-plugin: $(STAMPS)/tgt-plugin  ## the backing store for tgtd (fetches tgt's source package)
 
 install-tgt-plugin: tgt-plugin  ## ... where a tgtd that runs already looks for it (root)
 	install -D -m 644 $(TGT_MODULE) /usr/lib/tgt/backing-store/bs_lhblock.so
+
+# The plugin that nbdkit loads. nbdkit's interface is stable, so any nbdkit of this machine takes it.
+# The second copy is the same with a sanitiser, for the tests.
+NBDKIT_MODULE := lhblock/frontend/nbd/nbdkit-lhblock-plugin.so
+NBDKIT_SANITIZED := build/asan/nbdkit-lhblock-plugin.so
+NBDKIT_SOURCE := $(wildcard plugins/nbdkit/*.c)
+NBDKIT_HEADERS := $(wildcard plugins/nbdkit/*.h) $(PLUGIN_HEADERS)
+
+$(NBDKIT_MODULE): $(NBDKIT_SOURCE) $(NBDKIT_HEADERS) | packages
+	$(CC) $(PLUGIN_CFLAGS) -Inative/include $(NBDKIT_SOURCE) -o $@
+
+$(NBDKIT_SANITIZED): $(NBDKIT_SOURCE) $(NBDKIT_HEADERS) | packages
+	@mkdir -p $(@D)
+	$(CC) $(PLUGIN_CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all \
+	  -Inative/include $(NBDKIT_SOURCE) -o $@
+
+nbdkit-plugin: $(NBDKIT_MODULE) $(NBDKIT_SANITIZED)  ## the plugin for nbdkit, in C
+
+install-nbdkit-plugin: nbdkit-plugin  ## ... where nbdkit looks for the name lhblock (root)
+	install -D -m 644 $(NBDKIT_MODULE) \
+	  "$$(nbdkit --dump-config | sed -n s/^plugindir=//p)/nbdkit-lhblock-plugin.so"
 
 build/kernel/vmlinuz: | packages
 	@tests/kernel/fetch-kernel $(KERNEL_PACKAGE) build/kernel
@@ -125,7 +148,7 @@ serve: native  ## serve a volume: VOLUME=demo SIZE=10G
 
 # ---- Tests.
 
-test: lint test-native test-native-asan test-native-tsan test-asan test-tsan native tgt-plugin kernel  ## everything
+test: lint test-native test-native-asan test-native-tsan test-asan test-tsan native tgt-plugin nbdkit-plugin kernel  ## everything
 	$(BIN)/pytest
 
 check: lint test-native unit  ## the fast part of it
@@ -162,7 +185,7 @@ test-tsan: native-tsan  ## the concurrent model tests on a core with TSan
 fuzz: packages  ## fuzz every parser of sockets and disks: FUZZ_SECONDS=60
 	$(MAKE) -C native fuzz
 
-bench: native tgt-plugin  ## us and the peers, interleaved: BENCH_ROUNDS=5 BENCH_SECONDS=3
+bench: native tgt-plugin nbdkit-plugin  ## us and the peers, interleaved: BENCH_ROUNDS=5 BENCH_SECONDS=3
 	$(BIN)/python -m tests.bench
 
 wheel: venv  ## dist/: sdist and wheel
@@ -172,5 +195,5 @@ proto: venv  ## generate the Python code of lhblock/rpc/*.proto
 	$(BIN)/python -m lhblock.rpc.generate
 
 clean:  ## what was built; volumes are not touched
-	rm -rf build dist *.egg-info lhblock/*.so lhblock/frontend/tgt/*.so
+	rm -rf build dist *.egg-info lhblock/*.so lhblock/frontend/*/*.so
 	@[ ! -e native/Makefile ] || $(MAKE) -C native clean

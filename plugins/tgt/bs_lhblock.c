@@ -17,7 +17,6 @@
 #include "lhb_tgt.h"
 
 #define ASC_CAPACITY_DATA_HAS_CHANGED 0x2a09
-#define NBD_FLAG_READ_ONLY 2
 #define LIMITS_UNMAP_GRANULARITY 24     /* in the page, without its header */
 
 void register_bs_module (void);

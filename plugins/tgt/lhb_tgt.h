@@ -38,8 +38,6 @@
 #define LHB_TGT_AWAY_S 20
 #define LHB_TGT_AWAY_S_MAX 3600
 
-#define NBD_REPLY_BYTES 16     /* of a simple one */
-
 struct lhb_link;
 struct lhb_task;
 

@@ -22,17 +22,6 @@
 #include "lhb_tgt.h"
 #include "lhb_util.h"
 
-#define NBD_MAGIC 0x4e42444d41474943ull
-#define NBD_IHAVEOPT 0x49484156454f5054ull
-#define NBD_REP_MAGIC 0x0003e889045565a9ull
-#define NBD_OPT_GO 7
-#define NBD_REP_ACK 1
-#define NBD_REP_INFO 3
-#define NBD_INFO_EXPORT 0
-#define GREETING_BYTES 18
-#define OPTION_REPLY_BYTES 20
-#define EXPORT_INFO_BYTES 12
-
 static void handle_socket (int fd, int events, void *data);
 
 static void
@@ -118,7 +107,7 @@ compose_greeting (struct lhb_link *link)
   uint8_t *at = (uint8_t *) link->greeting;
   uint32_t name_bytes = (uint32_t) strlen (link->export);
 
-  lhb_put_be32 (at, 3);         /* fixed newstyle, no zeroes */
+  lhb_put_be32 (at, NBD_CLIENT_FLAGS);
   lhb_put_be64 (at + 4, NBD_IHAVEOPT);
   lhb_put_be32 (at + 12, NBD_OPT_GO);
   lhb_put_be32 (at + 16, 4 + name_bytes + 2);
@@ -472,7 +461,7 @@ static bool
 take_option_reply (struct lhb_link *link, const uint8_t *at, uint32_t length)
 {
   uint32_t type = lhb_get_be32 (at + 12);
-  const uint8_t *data = at + OPTION_REPLY_BYTES;
+  const uint8_t *data = at + NBD_OPTION_REPLY_BYTES;
 
   if (type == NBD_REP_ACK)
     {
@@ -487,7 +476,7 @@ take_option_reply (struct lhb_link *link, const uint8_t *at, uint32_t length)
                (const char *) data);
       return false;
     }
-  if (length == EXPORT_INFO_BYTES && lhb_get_be16 (data) == NBD_INFO_EXPORT)
+  if (length == NBD_INFO_EXPORT_BYTES && lhb_get_be16 (data) == NBD_INFO_EXPORT)
     return take_export (link, lhb_get_be64 (data + 2),
                         lhb_get_be16 (data + 10));
   return true;
@@ -505,24 +494,24 @@ take_handshake (struct lhb_link *link)
 
       if (link->state == LHB_LINK_GREETING)
         {
-          if (have < GREETING_BYTES)
+          if (have < NBD_GREETING_BYTES)
             return true;
           if (lhb_get_be64 (at) != NBD_MAGIC
               || lhb_get_be64 (at + 8) != NBD_IHAVEOPT)
             return false;
-          link->head += GREETING_BYTES;
+          link->head += NBD_GREETING_BYTES;
           link->state = LHB_LINK_OPTION;
           continue;
         }
-      if (link->state != LHB_LINK_OPTION || have < OPTION_REPLY_BYTES)
+      if (link->state != LHB_LINK_OPTION || have < NBD_OPTION_REPLY_BYTES)
         return true;
       length = lhb_get_be32 (at + 16);
       if (lhb_get_be64 (at) != NBD_REP_MAGIC
           || length > LHB_TGT_OPTION_BYTES_MAX)
         return false;
-      if (have < OPTION_REPLY_BYTES + length)
+      if (have < NBD_OPTION_REPLY_BYTES + length)
         return true;
-      link->head += OPTION_REPLY_BYTES + length;
+      link->head += NBD_OPTION_REPLY_BYTES + length;
       if (!take_option_reply (link, at, length))
         return false;
     }
@@ -564,7 +553,7 @@ take_replies (struct lhb_link *link)
           take_payload (link);
           continue;
         }
-      if (link->tail - link->head < NBD_REPLY_BYTES)
+      if (link->tail - link->head < NBD_SIMPLE_REPLY_BYTES)
         return true;
       error = lhb_get_be32 (at + 4);
       cookie = lhb_get_be64 (at + 8);
@@ -576,7 +565,7 @@ take_replies (struct lhb_link *link)
         return false;           /* nobody asked */
       if (error == NBD_ESHUTDOWN)
         return false;           /* the next connection asks again */
-      link->head += NBD_REPLY_BYTES;
+      link->head += NBD_SIMPLE_REPLY_BYTES;
       if (error == 0 && task->type == NBD_CMD_READ)
         {
           link->reading = task;
@@ -656,7 +645,7 @@ handle_readable (struct lhb_link *link)
           return;
         }
       /* Nothing more was there. */
-      if (n < NBD_REPLY_BYTES || link->tail < LHB_TGT_RECEIVE_BYTES)
+      if (n < NBD_SIMPLE_REPLY_BYTES || link->tail < LHB_TGT_RECEIVE_BYTES)
         return;
     }
 }

@@ -113,8 +113,9 @@ def _plugin(document: Mapping[str, Any]) -> Iterator[Goal]:
     if table is None:
         return
     for point in ("randread-4k-1", "randread-4k-32", "randwrite-4k-32"):
-        ratio = _iops(table, "lhblock plugin", point) / _iops(table, "nbdkit python", point)
-        yield Goal(f"{point}, plugin to a disk in nbdkit's Python", ratio, 1.0)
+        for name in ("lhblock plugin", "lhblock plugin in C"):
+            ratio = _iops(table, name, point) / _iops(table, "nbdkit python", point)
+            yield Goal(f"{point}, {name} to a disk in nbdkit's Python", ratio, 1.0)
 
 
 def _fuse(document: Mapping[str, Any]) -> Iterator[Goal]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.activation import activated, listen_unix
@@ -16,10 +17,18 @@ from tests.bench.ours import serve_command
 from tests.bench.settings import REPOSITORY
 
 PLUGIN = REPOSITORY / "plugins" / "nbdkit" / "lhblock.py"
+MODULE = REPOSITORY / "lhblock" / "frontend" / "nbd" / "nbdkit-lhblock-plugin.so"
 
 
+@dataclass(frozen=True)
 class _BehindNbdkit(Contestant):
-    """Our server, and nbdkit's own NBD client in front of it."""
+    """Our server, and nbdkit in front of it.
+
+    Attributes:
+      plugin: of nbdkit, with its parameters, but for ``socket=``.
+    """
+
+    plugin: Sequence[str | Path] = ()
 
     @contextmanager
     def start(self, directory: Path, bytes_: int, *, tcp: bool) -> Iterator[Running]:
@@ -31,10 +40,7 @@ class _BehindNbdkit(Contestant):
                 serve_command(directory / "data", [EXPORT], bytes_), inner, directory / "inner.log"
             ),
             activated(
-                [
-                    *("nbdkit", "--foreground", "nbd"),
-                    *(f"socket={inner.getsockname()}", f"export={EXPORT}"),
-                ],
+                ["nbdkit", "--foreground", *self.plugin, f"socket={inner.getsockname()}"],
                 outer,
                 directory / "outer.log",
             ) as nbdkit,
@@ -74,5 +80,6 @@ def plugin_contestants() -> list[Contestant]:
             ],
         ),
         Contestant("lhblock plugin", ours, create),
-        _BehindNbdkit("nbdkit's nbd plugin", None),
+        _BehindNbdkit("lhblock plugin in C", None, plugin=[MODULE, f"volume={EXPORT}"]),
+        _BehindNbdkit("nbdkit's nbd plugin", None, plugin=["nbd", f"export={EXPORT}"]),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import structlog
@@ -11,7 +12,7 @@ import trio.testing
 
 from lhblock.device import Target
 from lhblock.frontend._child import LOG_LINE_BYTES_MAX, LOG_LINES_PER_S, Messages
-from lhblock.frontend.nbd import NbdUri
+from lhblock.frontend.nbd import NbdUri, _tls
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,16 @@ from lhblock.frontend.nbd import NbdUri
 )
 def test_uri_with_tls(uri: NbdUri, text: str) -> None:
     assert str(uri) == text
+
+
+def test_clients_go_through_our_plugin_if_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "plugin.so"
+    monkeypatch.setattr(_tls, "_MODULE", module)
+    assert _tls.plugin_words("/s") == ["nbd", "socket=/s", "dynamic-export=true"]
+    module.touch()
+    assert _tls.plugin_words("/s") == [str(module), "socket=/s", "retry=0"]
 
 
 def test_the_kernel_is_attached_to_an_address_without_tls() -> None:
