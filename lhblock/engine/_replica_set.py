@@ -390,8 +390,11 @@ class ReplicaSet:
     async def remove(self, member: Member) -> None:
         """Take a member out for good, named as left behind by the others if it took part.
 
+        Nothing publishes its store when this returns.
+
         Raises:
           VolumeBusy: it is the last usable one.
+          NotServing: the volume is being closed.
 
         Not cancelled.
         """
@@ -406,6 +409,10 @@ class ReplicaSet:
                 self.lose_rebuilding(member, "removed")
             await self.withdraw()
             self.check()
+            if self._closed:
+                raise NotServing(self._name, "is being closed")
+            # One that the core dropped by itself is published still.
+            await self.unpublish(member)
             self._forget_missed(member)
             with suppress(NativeError):  # it has none, or that was it
                 self._native.untrack(tracker_id)

@@ -154,6 +154,7 @@ class Member:
         await self.call(change)
 
     def close(self) -> None:
+        assert self.store not in self.world.core.states, "is published"
         self.opened = self.has_store = False
         if self.host.session is self.store:
             self.world.core.end_session(self.host)
@@ -432,7 +433,7 @@ class World:
         host = self.random.choice(self.hosts)
         if self.often(0.8) and any(not other.up or other.full for other in self.hosts):
             return  # two at once only sometimes
-        kind = self.random.choice(("kill", "cut", "hang up", "full", "fail"))
+        kind = self.random.choice(("kill", "cut", "hang up", "full", "fail", "remove"))
         if kind == "kill":
             host.up = False
             self.core.end_session(host)
@@ -442,6 +443,8 @@ class World:
             self.core.end_session(host)
         elif kind == "full":
             host.full = True
+        elif kind == "remove":
+            self.nursery.start_soon(self.remove, host)
         else:
             (member,) = (m for m in self.members if m.host is host)
             known: Any = member
@@ -449,6 +452,18 @@ class World:
                 self.nursery.start_soon(self.set.withdraw)
         await trio.sleep(self.random.choice((0.0, 0.01, 0.5, 1.5, 3.0)))
         host.up, host.full = True, False
+
+    async def remove(self, host: Host) -> None:
+        """Take a replica out, and in again."""
+        (member,) = (m for m in self.members if m.host is host)
+        known: Any = member
+        async with self.tree:
+            try:
+                await self.set.remove(known)
+            except LhblockError:
+                return  # it is the last one, or the volume is faulted
+            member.close()
+            self.set.add(known)
 
     async def faults(self) -> None:
         async with trio.open_nursery() as nursery:
