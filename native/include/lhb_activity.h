@@ -57,7 +57,7 @@ void lhb_activity_encode_page (const struct lhb_activity_page *page,
                                const uint64_t *bits, char *image_out);
 /* Put images of pages, 'length_bytes' of them, at their places in a store's
  * file, durably.  Blocking.  -EINVAL: they are no images. */
-int lhb_activity_write_images (struct lhb_store *store, const char *images,
+int lhb_activity_write_images (struct lhb_store *store, char *images,
                                size_t length_bytes);
 
 /* ---- activity.c */

@@ -9,7 +9,11 @@
 #include "lhb_activity.h"
 #include "lhb_bytes.h"
 #include "lhb_fault.h"
+#include "lhb_layer_io.h"
 #include "lhb_store.h"
+
+_Static_assert (LHB_ACTIVITY_PAGE_BYTES == LHB_BLOCK_BYTES,
+                "a page is written as a block");
 
 enum {
   CRC_AT = 8,
@@ -206,25 +210,6 @@ lhb_activity_ranges (const uint64_t *bitmap, uint64_t size_bytes,
 
 /* ---- Writing. */
 
-static int
-write_image (int fd, const char *image, uint64_t at)
-{
-  size_t put = 0;
-
-  while (put < LHB_ACTIVITY_PAGE_BYTES)
-    {
-      ssize_t r = pwrite (fd, image + put, LHB_ACTIVITY_PAGE_BYTES - put,
-                          (off_t) (at + put));
-
-      if (r == -1 && errno == EINTR)
-        continue;
-      if (r == -1)
-        return -errno;
-      put += (size_t) r;
-    }
-  return 0;
-}
-
 /* It was made before; one that is missing is not made anew. */
 static int
 open_log (struct lhb_store *store)
@@ -253,7 +238,7 @@ check_images (const char *images, size_t length_bytes)
 }
 
 int
-lhb_activity_write_images (struct lhb_store *store, const char *images,
+lhb_activity_write_images (struct lhb_store *store, char *images,
                            size_t length_bytes)
 {
   int err = check_images (images, length_bytes);
@@ -267,11 +252,12 @@ lhb_activity_write_images (struct lhb_store *store, const char *images,
   for (size_t at = 0; at < length_bytes && err == 0;
        at += LHB_ACTIVITY_PAGE_BYTES)
     {
-      struct lhb_activity_page page;
+      const uint8_t *image = (const uint8_t *) images + at;
+      uint64_t offset_bytes = offset_of (lhb_get_le32 (image + INDEX_AT),
+                                         lhb_get_le32 (image + SLOT_AT));
 
-      (void) decode_page ((const uint8_t *) images + at, &page);
-      err = write_image (store->activity_fd, images + at,
-                         offset_of (page.index, page.slot));
+      err = lhb_layer_transfer (store->activity_fd, images + at,
+                                offset_bytes >> LHB_BLOCK_SHIFT, 1, true);
     }
   if (err == 0)
     err = lhb_fault (LHB_FAULT_ACTIVITY_SYNC, store->id);
