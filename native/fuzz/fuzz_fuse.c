@@ -14,7 +14,7 @@
 #include <sys/socket.h>
 
 #include "lhb_fuzz.h"
-#include "../tests/lhb_rig.h"
+#include "lhb_fuzz_rig.h"
 
 #define BLOCKS 64
 #define SIZE ((uint64_t) BLOCKS * BLOCK)
@@ -52,25 +52,8 @@ struct talk {
   bool ended;
 };
 
-static struct rig rig;
 static uint64_t inputs;
 static uint8_t message[MESSAGE_BYTES];
-
-static void
-close_rig (void)
-{
-  rig_close (&rig);
-}
-
-static void
-open_rig (void)
-{
-  if (rig.engine != NULL)
-    return;
-  lhb_test_name = "fuzz_fuse";
-  rig_open (&rig, LHB_DRIVER_POOL, 0, 1, BLOCKS);
-  CHECK_EQUAL (atexit (close_rig), 0);
-}
 
 static void
 open_talk (struct talk *talk)
@@ -372,7 +355,7 @@ LLVMFuzzerTestOneInput (const uint8_t *data, size_t length)
 
   CHECK (bytes != NULL);
   memcpy (bytes, data, length);
-  open_rig ();
+  open_rig ("fuzz_fuse", BLOCKS);
   open_talk (&talk);
   converse (&talk, bytes, length);
   check_end (&talk);

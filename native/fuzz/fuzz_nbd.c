@@ -9,6 +9,8 @@
 
 #include "lhb_fuzz.h"
 #include "../tests/lhb_client.h"
+/* After that one, which has parameters of this name. */
+#include "lhb_fuzz_rig.h"
 
 #define BLOCKS 257
 #define SIZE ((uint64_t) BLOCKS * BLOCK)
@@ -29,24 +31,7 @@ struct stream {
   int reason;                   /* LHB_CLOSE_* */
 };
 
-static struct rig rig;
 static uint64_t inputs;
-
-static void
-close_rig (void)
-{
-  rig_close (&rig);
-}
-
-static void
-open_rig (void)
-{
-  if (rig.engine != NULL)
-    return;
-  lhb_test_name = "fuzz_nbd";
-  rig_open (&rig, LHB_DRIVER_POOL, 0, 1, BLOCKS);
-  CHECK_EQUAL (atexit (close_rig), 0);
-}
 
 /* ---- What must come back. */
 
@@ -248,7 +233,7 @@ LLVMFuzzerTestOneInput (const uint8_t *data, size_t length)
 
   if (length < 1)
     return 0;
-  open_rig ();
+  open_rig ("fuzz_nbd", BLOCKS);
   flags = data[0] & (LHB_NBD_STRUCTURED | LHB_NBD_BASE_ALLOCATION
                      | LHB_NBD_READ_ONLY);
   if (flags & LHB_NBD_BASE_ALLOCATION)
