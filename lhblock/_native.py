@@ -15,8 +15,9 @@ from __future__ import annotations
 import errno
 import functools
 import importlib
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
@@ -293,24 +294,34 @@ def file_extents(fd: int, offset_bytes: int = 0) -> list[Extent]:
     Unwritten and delayed extents count as data. The number of extents is bounded by the size of
     the file, which the caller knows.
     """
-    module = _module()
-    batch = module.ffi.new("struct lhb_extent[]", EXTENTS_MAX)
+    lib = _module().lib
+    return _all_extents(
+        offset_bytes,
+        lambda at, batch: _check("read extents", lib.lhb_file_extents(fd, at, batch, EXTENTS_MAX)),
+    )
+
+
+def _all_extents(offset_bytes: int, fetch: Callable[[int, Any], int]) -> list[Extent]:
+    """Fetch extents at and after an offset until there are no more.
+
+    Args:
+      fetch: puts up to ``EXTENTS_MAX`` of them, at and after an offset, into an array.
+    """
+    batch = _module().ffi.new("struct lhb_extent[]", EXTENTS_MAX)
     extents: list[Extent] = []
     while True:
-        count = _check(
-            "read extents", module.lib.lhb_file_extents(fd, offset_bytes, batch, EXTENTS_MAX)
-        )
+        count = fetch(offset_bytes, batch)
         extents += [Extent(batch[i].offset_bytes, batch[i].length_bytes) for i in range(count)]
         if count < EXTENTS_MAX:
             return extents
         offset_bytes = extents[-1].offset_bytes + extents[-1].length_bytes
 
 
-def encode_activity(log_id: bytes, size_bytes: int) -> bytes:
+def encode_activity(log_id: str, size_bytes: int) -> bytes:
     """The file of an activity log in which all is cold.
 
     Args:
-      log_id: ``ACTIVITY_ID_BYTES`` of it.
+      log_id: a UUID.
       size_bytes: of the volume.
     """
     module = _module()
@@ -320,10 +331,8 @@ def encode_activity(log_id: bytes, size_bytes: int) -> bytes:
     return bytes(module.ffi.buffer(file, length_bytes))
 
 
-def _activity_id(log_id: bytes) -> Any:
-    if len(log_id) != ACTIVITY_ID_BYTES:
-        raise ValueError(f"an id of {len(log_id)} bytes")
-    return _module().ffi.new("uint8_t[]", log_id)
+def _activity_id(log_id: str) -> Any:
+    return _module().ffi.new("uint8_t[]", uuid.UUID(log_id).bytes)
 
 
 @dataclass(frozen=True)
@@ -356,7 +365,7 @@ class ActivityMap:
         self._size_bytes = size_bytes
         self._bits = module.ffi.new("uint64_t[]", module.lib.LHB_ACTIVITY_BITMAP_BYTES // 8)
 
-    def add(self, file: bytes, log_id: bytes) -> ActivityState:
+    def add(self, file: bytes, log_id: str) -> ActivityState:
         """Add what the file of a log says; nothing in it is believed but pages of its id."""
         state = self._ffi.new("struct lhb_activity_state *")
         self._lib.lhb_activity_decode(
@@ -371,17 +380,12 @@ class ActivityMap:
 
     def ranges(self) -> list[Extent]:
         """Hot ranges of the volume, in order, adjacent ones joined."""
-        batch = self._ffi.new("struct lhb_extent[]", EXTENTS_MAX)
-        ranges: list[Extent] = []
-        offset_bytes = 0
-        while True:
-            count = self._lib.lhb_activity_ranges(
-                self._bits, self._size_bytes, offset_bytes, batch, EXTENTS_MAX
-            )
-            ranges += [Extent(batch[i].offset_bytes, batch[i].length_bytes) for i in range(count)]
-            if count < EXTENTS_MAX:
-                return ranges
-            offset_bytes = ranges[-1].offset_bytes + ranges[-1].length_bytes
+        return _all_extents(
+            0,
+            lambda at, batch: self._lib.lhb_activity_ranges(
+                self._bits, self._size_bytes, at, batch, EXTENTS_MAX
+            ),
+        )
 
 
 def arm_fault(point: str, error: int, *, store_id: int = 0, skip: int = 0, times: int = 1) -> None:
@@ -878,19 +882,17 @@ class NativeVolume(_Handle):
           Granules of ``DIRTY_GRANULE_BYTES``, adjacent ones joined; None when the replica is not
           tracked, and everything counts as changed.
         """
-        batch = self._ffi.new("struct lhb_extent[]", EXTENTS_MAX)
-        extents: list[Extent] = []
-        while True:
-            count = self._lib.lhb_dirty_extents(
-                self.raw, tracker_id, offset_bytes, batch, EXTENTS_MAX
-            )
-            if count == -errno.ENOENT:
+
+        def fetch(at: int, batch: Any) -> int:
+            count = self._lib.lhb_dirty_extents(self.raw, tracker_id, at, batch, EXTENTS_MAX)
+            return _check("read a dirty map", count)
+
+        try:
+            return _all_extents(offset_bytes, fetch)
+        except NativeError as error:
+            if error.errno == errno.ENOENT:
                 return None
-            _check("read a dirty map", count)
-            extents += [Extent(batch[i].offset_bytes, batch[i].length_bytes) for i in range(count)]
-            if count < EXTENTS_MAX:
-                return extents
-            offset_bytes = extents[-1].offset_bytes + extents[-1].length_bytes
+            raise
 
     def mark_dirty(self, tracker_id: int, offset_bytes: int, length_bytes: int) -> None:
         """Count every granule that a range touches as changed."""
@@ -905,7 +907,7 @@ class NativeVolume(_Handle):
         result = self._lib.lhb_dirty_clear(self.raw, tracker_id, offset_bytes, length_bytes)
         _check("clear changes", result)
 
-    def start_activity(self, log_id: bytes) -> None:
+    def start_activity(self, log_id: str) -> None:
         """Record changes in the activity log from now on. Before the first request.
 
         Args:

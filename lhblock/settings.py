@@ -27,6 +27,8 @@ NBD_PORT = 10809
 ISCSI_PORT = 3260
 # How long a volume that lost the quorum of its replicas waits for them before it is faulted.
 QUORUM_WAIT_S = 30.0
+# Pieces that a rebuild copies at a time.
+REBUILD_STREAMS = 4
 REMOTE_SCHEME = "tcp://"
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")

@@ -6,7 +6,6 @@ read at an opening, and every round extents turn cold.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -69,7 +68,7 @@ def _read_logs(members: Sequence[Member], hot: ActivityMap) -> str:
     states: list[ActivityState] = []
     for member in members:
         try:
-            state = hot.add(member.read_activity(), uuid.UUID(log_id).bytes)
+            state = hot.add(member.read_activity(), log_id)
         except ReplicaError as error:
             return f"the activity log of {member.address} cannot be read: {error.sentence}"
         if state.pages_lost == state.pages:

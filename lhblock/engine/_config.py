@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from lhblock._native import BLOCK_BYTES, STORES_MAX
 from lhblock.engine._limits import SnapshotLimits
 from lhblock.errors import SizeError, UsageError
-from lhblock.settings import QUORUM_WAIT_S, RemoteAddress
+from lhblock.settings import QUORUM_WAIT_S, REBUILD_STREAMS, RemoteAddress
 
 DriverChoice: TypeAlias = Literal["auto", "io_uring", "pool"]
 CacheMode: TypeAlias = Literal["writeback", "none"]
@@ -65,7 +65,7 @@ class RebuildOptions:
 
     automatic: bool = False
     rate_bytes_s: int = 0
-    streams: int = 4
+    streams: int = REBUILD_STREAMS
 
     def __post_init__(self) -> None:
         if not 1 <= self.streams <= STREAMS_MAX:

@@ -7,7 +7,6 @@ lives here and changes only under the volume's structure lock.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,8 +221,7 @@ class LocalMember(Member):
         return self.directory.read_activity()
 
     def make_activity(self, log_id: str) -> None:
-        log = encode_activity(uuid.UUID(log_id).bytes, self.directory.size_bytes)
-        self.directory.write_activity(log)
+        self.directory.write_activity(encode_activity(log_id, self.directory.size_bytes))
 
     def forget_activity(self) -> None:
         self.directory.forget_activity()

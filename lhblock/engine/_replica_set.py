@@ -511,11 +511,11 @@ class ReplicaSet:
         lost = {each.generation.replica_id: each for each in failing if each.opened}
         with trio.move_on_after(self._quorum_wait_s):
             while not self._ending.is_set():
-                for replica_id in lost:
+                for replica_id, left in lost.items():
                     if replica_id in agreed:
                         continue
                     try:
-                        await run_fence(lost[replica_id].leave_behind, made)
+                        await run_fence(left.leave_behind, made)
                     except (ReplicaLocked, ReplicaStale) as error:
                         raise NoQuorum(self._name, str(error)) from error
                     except (LhblockError, OSError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -645,7 +644,7 @@ async def _open_native(engine: Engine, config: VolumeConfig, members: list[Membe
         native = NativeVolume(engine.native, records.size_bytes, flags)
         try:
             if activity and not config.read_only:
-                native.start_activity(uuid.UUID(activity).bytes)
+                native.start_activity(activity)
         except BaseException:
             native.close()
             raise

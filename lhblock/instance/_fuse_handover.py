@@ -17,6 +17,7 @@ import trio
 
 from lhblock.errors import FrontendError, LhblockError
 from lhblock.frontend.fuse import Volumes, serve_mount
+from lhblock.frontend.nbd import peer_credentials
 from lhblock.instance._channel import first_sentence
 from lhblock.instance._fuse_session import FuseSession, Loan
 from lhblock.instance._handover_wire import (
@@ -24,7 +25,6 @@ from lhblock.instance._handover_wire import (
     Free,
     Handover,
     Mounted,
-    peer_uid,
     receive_handover,
     send_state,
 )
@@ -99,7 +99,7 @@ class _Handovers:
     async def answer(self, sock: trio.socket.SocketType) -> None:
         """One connection, from the first message to its end."""
         with sock:
-            uid = peer_uid(sock)
+            _, uid = peer_credentials(sock)
             if uid not in (0, os.geteuid()):
                 _log.warning("a mount of another user is refused", uid=uid)
                 return

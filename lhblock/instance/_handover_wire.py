@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import stat
-import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ VOLUMES_MAX: Final = 1024
 PATH_BYTES_MAX: Final = 4095
 
 _FUSE_DEVICE: Final = os.makedev(10, 229)
-_UCRED: Final = struct.Struct("3i")  # pid, uid, gid
 _SOCKET: Final = re.compile(r"serve-[0-9]+")
 
 
@@ -56,12 +54,6 @@ class Handover:
 def is_socket_name(stem: str) -> bool:
     """Whether a process would call its socket so."""
     return _SOCKET.fullmatch(stem) is not None
-
-
-def peer_uid(sock: trio.socket.SocketType) -> int:
-    """The user at the other end."""
-    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(uid)
 
 
 async def send_state(sock: trio.socket.SocketType, state: Free | Mounted) -> None:

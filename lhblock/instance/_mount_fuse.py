@@ -20,13 +20,13 @@ import trio
 
 from lhblock.errors import FrontendError, LhblockError
 from lhblock.frontend.fuse import MountRoot, mounted, open_mount_root, prepare_mountpoint
+from lhblock.frontend.nbd import peer_credentials
 from lhblock.instance._channel import first_sentence
 from lhblock.instance._handover_wire import (
     Free,
     Handover,
     Mounted,
     is_socket_name,
-    peer_uid,
     receive_state,
     send_handover,
 )
@@ -169,8 +169,9 @@ class _Server:
                     await sock.connect(os.fspath(self._path))
                 except (ConnectionRefusedError, FileNotFoundError):
                     return  # it has gone, or was killed and left its socket
-                if os.geteuid() and peer_uid(sock) not in (0, os.geteuid()):
-                    raise FrontendError(f"it belongs to user {peer_uid(sock)}")
+                _, uid = peer_credentials(sock)
+                if os.geteuid() and uid not in (0, os.geteuid()):
+                    raise FrontendError(f"it belongs to user {uid}")
                 state = await receive_state(sock)
             if isinstance(state, Free):
                 await self._mount(sock)

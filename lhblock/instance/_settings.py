@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lhblock.errors import UsageError
-from lhblock.settings import ISCSI_PORT, NBD_PORT, QUORUM_WAIT_S
+from lhblock.settings import ISCSI_PORT, NBD_PORT, QUORUM_WAIT_S, REBUILD_STREAMS
 
 # The doors there are; `controller` has the same.
 Frontend = Literal["nbd", "fuse", "tgt-iscsi", "tgt-blockdev"]
@@ -78,7 +78,7 @@ class ServeSettings(BaseSettings):
     handshake_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     rebuild: bool = True
     rebuild_rate: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    rebuild_streams: Annotated[int, Field(ge=1, le=8)] = 4
+    rebuild_streams: Annotated[int, Field(ge=1, le=8)] = REBUILD_STREAMS
     frontend: Annotated[tuple[Frontend, ...], NoDecode, Field(min_length=1)] = ("nbd",)
     fuse_dir: Path | None = None
     iscsi_listen: str = f"127.0.0.1:{ISCSI_PORT}"

@@ -81,10 +81,10 @@ async def test_who_comes_later_is_told_where_the_mount_is(tmp_path: Path) -> Non
 async def test_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "socket"
     async with served(path) as session:
-        monkeypatch.setattr(handover, "peer_uid", lambda _: os.geteuid() + 1)
+        monkeypatch.setattr(handover, "peer_credentials", lambda _: (1, os.geteuid() + 1))
         with await connect(path) as sock:
             assert await said(sock) is None
-        monkeypatch.setattr(handover, "peer_uid", lambda _: 0)
+        monkeypatch.setattr(handover, "peer_credentials", lambda _: (1, 0))
         assert session.free
         with await connect(path) as sock:
             assert await said(sock) == FREE

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ._negotiation import Agreement, ByteStream, HandshakeEnded, negotiate
     from ._protocol import NBD_DEFAULT_PORT
     from ._server import ClientInfo, NbdServer, serve_nbd
-    from ._sockets import SocketBytes, detach, notice_loss, peer_name, tune
+    from ._sockets import SocketBytes, detach, notice_loss, peer_credentials, peer_name, tune
     from ._stdio import serve_stdio
     from ._tls import serve_tls
     from ._tls_keys import TlsKeys, read_tls_keys
@@ -51,6 +51,7 @@ _HOMES = {
     "open_unix_listener": "_listeners",
     "parse_uri": "_uri",
     "notice_loss": "_sockets",
+    "peer_credentials": "_sockets",
     "peer_name": "_sockets",
     "read_tls_keys": "_tls_keys",
     "serve_nbd": "_server",
@@ -82,6 +83,7 @@ __all__ = [
     "open_tcp_listeners",
     "open_unix_listener",
     "parse_uri",
+    "peer_credentials",
     "peer_name",
     "read_tls_keys",
     "serve_nbd",

@@ -78,14 +78,20 @@ def notice_loss(sock: trio.socket.SocketType) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+def peer_credentials(sock: trio.socket.SocketType) -> tuple[int, int]:
+    """Process and user at the other end of a Unix socket. OSError: nobody is known."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(raw)
+    return int(pid), int(uid)
+
+
 def peer_name(sock: trio.socket.SocketType, address: object) -> str:
     """What to call the other end: an address, or the process behind a Unix socket."""
     if sock.family == socket.AF_UNIX:
         try:
-            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            pid, uid = peer_credentials(sock)
         except OSError:
             return "unix"
-        pid, uid, _ = _UCRED.unpack(raw)
         return f"unix pid {pid} uid {uid}"
     if isinstance(address, tuple) and len(address) >= 2:
         return format_address(str(address[0]), int(address[1]))
