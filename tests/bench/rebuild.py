@@ -33,8 +33,10 @@ SPARSE_BYTES = 100 << 30
 RESYNC_MIB_S = 100
 RESYNC_S = 10
 SNAPSHOTS = 10
+SNAPSHOT_EVERY_S = 1.0  # so that clients are at full speed again before the next one
+SNAPSHOT_LOAD_S = 20
 LIMIT_S = 600.0
-POLL_S = 0.2
+POLL_S = 0.2  # a log says nothing to whoever waits for a line of it
 
 
 class _Volume:
@@ -162,17 +164,17 @@ def _snapshots(parent: Path, mib: int) -> dict[str, float]:
         with _serve(directory, addresses, bytes_) as volume:
             volume.fio("--rw=write", "--bs=1M", "--iodepth=8")
             random = ("--rw=randwrite", "--bs=4k", "--iodepth=32", "--norandommap")
-            quiet = volume.fio(*random, "--time_based", f"--runtime={SNAPSHOTS}")
+            quiet = volume.fio(*random, "--time_based", f"--runtime={SNAPSHOT_LOAD_S / 2}")
             jobs: list[dict[str, Any]] = []
             thread = threading.Thread(
                 target=lambda: jobs.append(
-                    volume.fio(*random, "--time_based", f"--runtime={2 * SNAPSHOTS}")
+                    volume.fio(*random, "--time_based", f"--runtime={SNAPSHOT_LOAD_S}")
                 )
             )
             thread.start()
             for _ in range(SNAPSHOTS):
                 volume.cli("snapshot", "create", EXPORT)
-                time.sleep(1)
+                time.sleep(SNAPSHOT_EVERY_S)
             thread.join()
             pauses_ms = [event["pause_us"] / 1000 for event in volume.events("snapshot taken")]
             return {

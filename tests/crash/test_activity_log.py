@@ -10,15 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import structlog
-import trio
 
 from lhblock._native import BLOCK_BYTES
 from lhblock.engine import EngineOptions, VolumeConfig, create_replicas, open_engine
@@ -32,13 +29,13 @@ from tests.crash.activity_child import (
     place_of,
     read_all,
 )
+from tests.crash.child import run_until_killed
 from tests.crash.test_power_loss import Disk
 from tests.live.hosts import Host
 from tests.loop import require_loop_devices
 
 pytestmark = [pytest.mark.crash, pytest.mark.slow]
 
-REPOSITORY = Path(__file__).parents[2]
 REPLICAS = 3
 ROUNDS = 5
 
@@ -98,22 +95,14 @@ def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
         yield site
 
 
-async def run_until_killed(seed: int, places: list[str], lines_max: int) -> tuple[int, int]:
+async def write_until_killed(seed: int, places: list[str], lines_max: int) -> tuple[int, int]:
     """Run the child; kill it after so many lines. The batch answered last, and the one flushed."""
-    arguments = [sys.executable, "-m", "tests.crash.activity_child", str(seed), *places]
-    process = await trio.lowlevel.open_process(arguments, stdout=subprocess.PIPE, cwd=REPOSITORY)
-    assert process.stdout is not None
-    text = b""
-    killed = False
-    async with process.stdout:
-        async for chunk in process.stdout:
-            text += chunk
-            if not killed and text.count(b"\n") >= lines_max:
-                process.kill()
-                killed = True
-    assert await process.wait() == -9
+    status, text = await run_until_killed(
+        "tests.crash.activity_child", [str(seed), *places], lines_max
+    )
+    assert status == -9
     last = {"answered": -1, "flushed": -1}
-    for line in text.decode().splitlines():
+    for line in text.splitlines():
         word, number = line.split()
         last[word] = int(number)
     return last["answered"], last["flushed"]
@@ -181,7 +170,7 @@ async def test_replicas_are_alike_though_only_hot_extents_are_compared(
     compared_bytes = []
     for round_ in range(ROUNDS):
         child_seed = seed * 100 + round_
-        answered, flushed = await run_until_killed(
+        answered, flushed = await write_until_killed(
             child_seed, [str(place) for place in site.places], choose.randint(5, 120)
         )
         # The one after that may have been under way.

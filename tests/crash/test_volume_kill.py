@@ -7,21 +7,18 @@ the one in the middle may be there in part: each block old or new.
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import trio
 
 from lhblock._native import BLOCK_BYTES
 from lhblock.engine import EngineOptions, VolumeConfig, create_replicas, open_engine
+from tests.crash.child import run_until_killed
 from tests.crash.volume_child import BLOCKS, Operation, fill, operations
 
 pytestmark = pytest.mark.crash
 
-REPOSITORY = Path(__file__).parents[2]
 SIZE_BYTES = BLOCKS * BLOCK_BYTES
 ROUNDS = 6
 
@@ -50,26 +47,18 @@ class Model:
         return Model(head, snapshots)
 
 
-async def run_until_killed(
+async def change_until_killed(
     seed: int, paths: list[Path], lines_max: int
 ) -> tuple[list[int], set[int], int | None]:
     """Run the child; kill it after so many lines. Returns done, passed over, and in the middle."""
-    arguments = [sys.executable, "-m", "tests.crash.volume_child", str(seed), *map(str, paths)]
     done: list[int] = []
     passed: set[int] = set()
     begun: int | None = None
-    process = await trio.lowlevel.open_process(arguments, stdout=subprocess.PIPE, cwd=REPOSITORY)
-    assert process.stdout is not None
-    text = b""
-    killed = False
-    async with process.stdout:
-        async for chunk in process.stdout:
-            text += chunk
-            if not killed and text.count(b"\n") >= lines_max:
-                process.kill()
-                killed = True
-    assert await process.wait() in (0, -9)
-    for line in text.decode().splitlines():
+    status, text = await run_until_killed(
+        "tests.crash.volume_child", [str(seed), *map(str, paths)], lines_max
+    )
+    assert status in (0, -9)
+    for line in text.splitlines():
         word, number = line.split()
         if word == "begin":
             begun = int(number)
@@ -126,7 +115,7 @@ async def test_killed_process_loses_nothing_that_was_completed(
         history_seed = seed * 1000 + round_
         history = operations(history_seed)
         # Odd counts end in the middle of an operation, even ones between two.
-        done, passed, begun = await run_until_killed(history_seed, paths, choose.randint(3, 300))
+        done, passed, begun = await change_until_killed(history_seed, paths, choose.randint(3, 300))
         for number in done:
             if number not in passed:
                 model = model.after(number, history[number])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import suppress
+from pathlib import Path
+
+from tests.live.serving import tool
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 PUNCH_HOLE = 3  # and keep the size
@@ -27,3 +30,23 @@ def extents(fd: int) -> list[tuple[int, int]]:
             end = os.lseek(fd, start, os.SEEK_HOLE)
             found.append((start, end))
     return found
+
+
+def write_and_verify(file: Path, size: int) -> None:
+    """fio writes with many requests in flight, and finds its checksums again."""
+    tool(
+        "fio",
+        "--name=job",
+        f"--filename={file}",
+        "--ioengine=libaio",
+        "--direct=1",
+        "--rw=randwrite",
+        "--bsrange=4k-256k",
+        "--iodepth=16",
+        "--fsync=32",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--randseed=7",
+        f"--size={size}",
+    )

@@ -24,7 +24,8 @@ from lhblock.device import (
     mount,
 )
 from lhblock.errors import DeviceBusy, DeviceForeign, NotAttached
-from tests.live.files import PUNCH_HOLE, ZERO_RANGE, extents, fallocate
+from tests.fuse import require_fuse
+from tests.live.files import PUNCH_HOLE, ZERO_RANGE, extents, fallocate, write_and_verify
 from tests.live.serving import MIB, Serve, cli, cli_json, nbdsh, requires, serve, tool
 from tests.loop import require_loop_devices
 
@@ -37,8 +38,7 @@ SIZE = 15 * MIB + 3 * 4096
 @pytest.fixture
 def mountpoint(tmp_path: Path) -> Iterator[Path]:
     """A directory that is not mounted any more when the test is over."""
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("requires /dev/fuse")
+    require_fuse()
     requires("fusermount3")
     directory = tmp_path / "mnt"
     yield directory
@@ -194,22 +194,7 @@ def test_fio_verifies_what_it_wrote_with_many_requests_in_flight(
     tmp_path: Path, mountpoint: Path
 ) -> None:
     with mounted(tmp_path, mountpoint):
-        tool(
-            "fio",
-            "--name=job",
-            f"--filename={mountpoint / 'db' / 'volume'}",
-            "--ioengine=libaio",
-            "--direct=1",
-            "--rw=randwrite",
-            "--bsrange=4k-256k",
-            "--iodepth=16",
-            "--fsync=32",
-            "--verify=crc32c",
-            "--verify_fatal=1",
-            "--verify_state_save=0",
-            "--randseed=7",
-            f"--size={15 * MIB}",
-        )
+        write_and_verify(mountpoint / "db" / "volume", 15 * MIB)
 
 
 def test_a_killed_server_leaves_no_mount_and_what_was_flushed(

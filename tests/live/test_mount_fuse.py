@@ -19,7 +19,8 @@ import pytest
 
 from lhblock.device import AttachOptions, Host, Target, attach, detach
 from lhblock.rpc.generated import controller_pb2 as pb
-from tests.live.files import PUNCH_HOLE, ZERO_RANGE, extents, fallocate
+from tests.fuse import require_fuse
+from tests.live.files import PUNCH_HOLE, ZERO_RANGE, extents, fallocate, write_and_verify
 from tests.live.mounting import mount_fuse, mounts_below
 from tests.live.serving import MIB, Serve, cli, cli_json, nbdsh, requires, serve, tool
 from tests.live.test_controller import controller
@@ -36,8 +37,7 @@ XFS_BYTES = 320 * MIB
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
     """A directory below which nothing is mounted any more when the test is over."""
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("requires /dev/fuse")
+    require_fuse()
     requires("fusermount3")
     yield tmp_path / "mnt"
     for left in mounts_below(tmp_path):
@@ -438,22 +438,7 @@ def test_fio_verifies_what_it_wrote_with_many_requests_in_flight(
     tmp_path: Path, place: Path
 ) -> None:
     with served(tmp_path, "db"), mount_fuse(tmp_path / "data", place) as shown:
-        tool(
-            "fio",
-            "--name=job",
-            f"--filename={shown.file('db')}",
-            "--ioengine=libaio",
-            "--direct=1",
-            "--rw=randwrite",
-            "--bsrange=4k-256k",
-            "--iodepth=16",
-            "--fsync=32",
-            "--verify=crc32c",
-            "--verify_fatal=1",
-            "--verify_state_save=0",
-            "--randseed=7",
-            f"--size={15 * MIB}",
-        )
+        write_and_verify(shown.file("db"), 15 * MIB)
 
 
 def test_a_volume_is_attached_through_its_file(tmp_path: Path, place: Path) -> None:

@@ -18,7 +18,7 @@ from lhblock.engine import RebuildOptions, Volume, _local_member
 from lhblock.engine._opening import Opening
 from lhblock.errors import ReplicaIO, VolumeError
 from lhblock.replica import ACTIVITY_NAME, ReplicaDirectory
-from tests.model.volumes import BLOCK, VolumeFiles, until, view_content
+from tests.model.volumes import BLOCK, VolumeFiles, until, view_content, write_head
 
 pytestmark = pytest.mark.model
 
@@ -33,15 +33,6 @@ async def files(tmp_path: Path, request: pytest.FixtureRequest) -> VolumeFiles:
     return await VolumeFiles.create(
         tmp_path, replicas=2, size_bytes=SIZE_BYTES, remote=request.param
     )
-
-
-def write_head(path: Path, offset_bytes: int, data: bytes) -> None:
-    """A write that reached one replica before the crash."""
-    with ReplicaDirectory.open(path) as directory:
-        fd = os.open(directory.head.name, os.O_RDWR, dir_fd=directory.dir_fd)
-        os.pwrite(fd, data, offset_bytes)
-        os.close(fd)
-        directory.close(clean=False)
 
 
 async def heat(volume: Volume, extent: int) -> None:

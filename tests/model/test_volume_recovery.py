@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from lhblock import _native
 from lhblock.errors import ReplicaIO, VolumeFaulted
 from lhblock.replica import UNSERVED, PendingHead, ReplicaDirectory, new_set
-from tests.model.volumes import BLOCK, VolumeFiles, view_content
+from tests.model.volumes import BLOCK, VolumeFiles, view_content, write_head
 
 pytestmark = pytest.mark.model
 
@@ -22,15 +21,6 @@ CREATED = "2026-11-23T08:46:13Z"
 @pytest.fixture
 async def files(tmp_path: Path) -> VolumeFiles:
     return await VolumeFiles.create(tmp_path, replicas=2, size_bytes=SIZE_BYTES)
-
-
-def write_head(path: Path, offset_bytes: int, data: bytes) -> None:
-    """A write that reached one replica before the crash."""
-    with ReplicaDirectory.open(path) as directory:
-        fd = os.open(directory.head.name, os.O_RDWR, dir_fd=directory.dir_fd)
-        os.pwrite(fd, data, offset_bytes)
-        os.close(fd)
-        directory.close(clean=False)
 
 
 def snapshot_one(path: Path, name: str, *, settle: bool, size_bytes: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,6 +24,7 @@ from lhblock.engine import (
     create_replicas,
     open_engine,
 )
+from lhblock.replica import ReplicaDirectory
 from lhblock.settings import QUORUM_WAIT_S, RemoteAddress
 from tests.model.remote import ReplicaHost, open_host, options_for
 
@@ -170,6 +172,15 @@ def copy_sparse(source: str, target: str) -> None:
             new.seek(extent.offset_bytes)
             new.write(old.read(extent.length_bytes))
     shutil.copystat(source, target)
+
+
+def write_head(path: Path, offset_bytes: int, data: bytes) -> None:
+    """A write that reached one replica before the crash."""
+    with ReplicaDirectory.open(path) as directory:
+        fd = os.open(directory.head.name, os.O_RDWR, dir_fd=directory.dir_fd)
+        os.pwrite(fd, data, offset_bytes)
+        os.close(fd)
+        directory.close(clean=False)
 
 
 async def view_content(volume: Volume, snapshot: str) -> bytes:

@@ -13,6 +13,7 @@ import trio
 
 from lhblock.errors import FrontendError
 from lhblock.instance import _handover_wire as wire
+from tests.fuse import require_fuse
 
 Pair = tuple[trio.socket.SocketType, socket.socket]
 
@@ -33,8 +34,7 @@ def null() -> Iterator[int]:
 
 @pytest.fixture
 def kernel() -> Iterator[int]:
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("requires /dev/fuse")
+    require_fuse()
     with Path("/dev/fuse").open("rb+", buffering=0) as file:
         yield file.fileno()
 

@@ -18,8 +18,7 @@ import itertools
 import os
 import random
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -543,17 +542,11 @@ class World:
         return True
 
 
-@asynccontextmanager
-async def nursery_of_the_volume() -> AsyncIterator[trio.Nursery]:
-    async with trio.open_nursery() as nursery:
-        yield nursery
-        nursery.cancel_scope.cancel()
-
-
 async def simulate(seed: int) -> bool:
-    async with nursery_of_the_volume() as nursery:
-        return await World(seed, nursery).run()
-    raise AssertionError("unreachable")
+    async with trio.open_nursery() as nursery:
+        through = await World(seed, nursery).run()
+        nursery.cancel_scope.cancel()
+    return through
 
 
 def _uuid_of(chance: random.Random) -> uuid.UUID:
